@@ -1,0 +1,209 @@
+"""Configurations: frozen dataclasses, with YAML as a thin skin over them.
+
+A configuration is any ``@dataclass(frozen=True, kw_only=True, slots=True)``. The functions here turn
+mappings into configurations and back, refuse what they do not know, and name a configuration by
+its content. There is no interpolation, no ``eval`` and no import string.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from robustft.errors import ConfigError, UnknownNameError
+from robustft.threat import parse_number
+
+__all__ = ["config_hash", "field_docs", "from_dict", "load_yaml", "to_dict"]
+
+ConfigT = TypeVar("ConfigT")
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, path: str = "") -> ConfigT:
+    """Build the dataclass ``cls`` from a mapping, recursively.
+
+    Numbers may be written as fractions ("8/255"), lists stand for tuples, nested mappings for
+    nested dataclasses.
+
+    Args:
+        cls: a dataclass.
+        values: field name -> value.
+        path: where ``values`` stands in the whole, for messages ("method.attack").
+
+    Raises:
+        UnknownNameError: a key is no field of ``cls``; the nearest field is proposed.
+        ConfigError: a value has the wrong type or is out of range, or a field is missing.
+    """
+    where = f"{path}." if path else ""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or cls.__name__} must be a mapping of fields, got {values!r}")
+    hints = _hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UnknownNameError("field", f"{where}{key}", [f"{where}{name}" for name in fields])
+    converted = {
+        key: _convert(hints[key], value, path=f"{where}{key}") for key, value in values.items()
+    }
+    missing = [
+        f"{where}{name}"
+        for name, field in fields.items()
+        if name not in converted
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing field {', '.join(missing)}: give it a value")
+    try:
+        return cls(**converted)
+    except UnknownNameError:
+        raise
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path + ': ' if path else ''}{error}") from error
+
+
+def to_dict(config: Any) -> Any:
+    """Return ``config`` as plain dicts, lists and scalars: what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def config_hash(config: Any, *, length: int = 12) -> str:
+    """Name a configuration by its content: the first hex digits of a SHA-256 of canonical JSON."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping from a file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields, got {type(values).__name__}")
+    return values
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return field -> its docstring, read from the string that follows each field in the source."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    docs: dict[str, str] = {}
+    statements = getattr(body, "body", [])
+    for statement, following in zip(statements, statements[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(hint: Any, value: Any, *, path: str) -> Any:
+    """Convert one YAML value to the annotated type, or raise ConfigError naming the field."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return value
+    if origin is typing.Annotated:
+        return _convert(arguments[0], value, path=path)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, path=path)
+    if origin is Literal:
+        if value not in arguments:
+            raise UnknownNameError(f"value of {path}", str(value), [str(a) for a in arguments])
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else from_dict(hint, value, path=path)
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path=path)
+    if origin in (dict, Mapping) or hint in (dict, Mapping) or _is_mapping(origin):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a mapping, got {value!r}")
+        item = arguments[1] if arguments else Any
+        return {str(k): _convert(item, v, path=f"{path}.{k}") for k, v in value.items()}
+    return _convert_scalar(hint, value, path=path)
+
+
+def _is_mapping(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _convert_union(options: Sequence[Any], value: Any, *, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, path=path)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_tuple(arguments: Sequence[Any], value: Any, *, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"{path} must be a list, got {value!r}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(
+            _convert(arguments[0], item, path=f"{path}[{i}]") for i, item in enumerate(value)
+        )
+    if len(arguments) != len(value):
+        raise ConfigError(f"{path} must have {len(arguments)} items, got {len(value)}")
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_convert(hint, item, path=f"{path}[{i}]") for i, (hint, item) in enumerate(pairs))
+
+
+def _convert_scalar(hint: Any, value: Any, *, path: str) -> Any:
+    if hint is float:
+        try:
+            return parse_number(value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{path} must be a whole number, got {value!r}")
+        return value
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{path} must be true or false, got {value!r}")
+        return value
+    if hint in (str, Path):
+        if not isinstance(value, (str, Path)):
+            raise ConfigError(f"{path} must be text, got {value!r}")
+        return hint(value)
+    raise TypeError(f"{path}: configurations cannot hold fields of type {hint!r}")
