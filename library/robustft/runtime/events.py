@@ -1,0 +1,144 @@
+"""What happens elsewhere, told to the driver: progress, metrics, and when method code ran.
+
+Workers send small dictionaries to one actor; a thread of the driver fetches them and hands them to
+the listeners (progress lines, tracking, the clock). So only the driver writes, and a worker needs
+neither MLflow nor a terminal.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["Clock", "Event", "EventPump", "Sender", "busy"]
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+"""kind ("begin", "metrics", "busy", "end"), stage, run, time, and what the kind needs."""
+
+Sender = Callable[[Event], None]
+
+
+class EventLog:
+    """The actor's code: a list that workers append to and the driver empties."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RemoteSender:
+    """Sends events to the actor without waiting; picklable, so that workers can have it."""
+
+    actor: Any
+
+    def __call__(self, event: Event) -> None:
+        self.actor.put.remote({"time": time.time(), **event})
+
+
+class EventPump:
+    """Moves events from the actor to the listeners, in order, in a thread of the driver."""
+
+    def __init__(self, listeners: list[Callable[[Event], None]], *, interval: float = 0.3) -> None:
+        import ray
+
+        self._ray = ray
+        # No CPU: it only holds a list. It lives on the driver's node and dies with the driver.
+        self._actor = ray.remote(num_cpus=0)(EventLog).remote()
+        self._listeners = listeners
+        self._interval = interval
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.sender = RemoteSender(self._actor)
+        self._thread = threading.Thread(target=self._run, name="robustft-events", daemon=True)
+        self._thread.start()
+
+    def local(self, event: Event) -> None:
+        """Take an event of the driver itself."""
+        with self._lock:
+            self._deliver({"time": time.time(), **event})
+
+    def sync(self) -> None:
+        """Deliver everything that has arrived; called where a stage ends."""
+        with self._lock:
+            for event in self._ray.get(self._actor.drain.remote()):
+                self._deliver(event)
+
+    def close(self) -> None:
+        """Stop the thread after a last delivery."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self.sync()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self.sync()
+            except self._ray.exceptions.RayError as error:
+                if not self._stop.is_set():
+                    log.warning("progress events are lost from here on: %s", error)
+                return
+
+    def _deliver(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+
+@contextlib.contextmanager
+def busy(send: Sender, stage: str, run: str = "") -> Iterator[None]:
+    """Tell the driver that method code ran during the ``with`` block."""
+    began = time.time()
+    try:
+        yield
+    finally:
+        send({"kind": "busy", "stage": stage, "run": run, "began": began, "ended": time.time()})
+
+
+class Clock:
+    """Adds up, per stage and in all, the time in which some method code ran somewhere."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._spans: list[tuple[float, float]] = []
+        self._stages: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "busy":
+            self._spans.append((event["began"], event["ended"]))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the run by the wall."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self._stages[name] = self._stages.get(name, 0.0) + time.time() - began
+
+    def stages(self) -> Mapping[str, float]:
+        """Return stage -> wall seconds."""
+        return dict(self._stages)
+
+    def overhead(self, now: float | None = None) -> tuple[float, float]:
+        """Return (wall seconds, share of them in which no method code ran anywhere)."""
+        now = time.time() if now is None else now
+        wall = now - self.began
+        covered, reached = 0.0, self.began
+        for began, ended in sorted(self._spans):
+            began, ended = max(began, reached), min(ended, now)
+            if ended > began:
+                covered += ended - began
+                reached = ended
+        return wall, 1.0 - covered / wall if wall > 0 else 0.0

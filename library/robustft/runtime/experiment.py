@@ -1,0 +1,240 @@
+"""What is run: an experiment's configuration, its presets and its checks before anything starts."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from robustft.config import config_hash, from_dict, load_yaml, to_dict
+from robustft.data import TaskConfig
+from robustft.errors import ConfigError, UnknownNameError
+from robustft.evaluation import EvaluationConfig
+from robustft.methods import METHODS
+
+__all__ = [
+    "Experiment",
+    "RuntimeConfig",
+    "SearchConfig",
+    "StartConfig",
+    "experiment_from_dict",
+    "experiment_to_dict",
+    "list_presets",
+    "load_experiment",
+    "method_name",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """The model to start from: an architecture with given weights, or trained on the spot."""
+
+    model: str = "small_resnet"
+    """Architecture: a name of `robustft ls models`, or torchvision/<name>."""
+    checkpoint: str | None = None
+    """Weights: a model folder of ours, a .safetensors or a .pt/.pth state dict; None: train."""
+    method: Any = None
+    """How to train the start where no checkpoint is given: a method's config ({name: at, ...})."""
+    seed: int = 0
+    """Seed of fresh weights, >= 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """What Ray Tune varies in the method's config, and how."""
+
+    space: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Field of the method -> list of values (a grid), or {uniform|loguniform|randint: [low, high]}
+    for random and Optuna search. Empty: one run without a search."""
+    num_samples: int = 1
+    """How often the grid is repeated, or how many random samples are drawn, >= 1."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """grid and random: Tune's basic variants; optuna: TPE (extra `search`)."""
+    scheduler: Literal["fifo", "asha"] = "fifo"
+    """asha stops weak trials early. RiFT's clean accuracy before interpolation misleads it."""
+    metric: str = "val/clean"
+    """What the search maximises, on the selection split only."""
+    max_concurrent: int | None = None
+    """Trials at a time; None: as many as the cluster has CPUs (or GPUs) for."""
+    seed: int = 0
+    """Seed of random and Optuna search."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ConfigError(f"search.num_samples = {self.num_samples} must be at least 1")
+        if self.metric.startswith("test"):
+            raise ConfigError(
+                f"search.metric = {self.metric!r} would choose on the test split: use a val/ metric"
+            )
+        if self.algorithm == "grid":
+            for name, values in self.space.items():
+                if isinstance(values, (str, Mapping)) or not values:
+                    raise ConfigError(
+                        f"search.space.{name} must be a list of values for a grid, got {values!r}"
+                    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how wide it runs."""
+
+    workers: int = 1
+    """Processes of a single training run (data parallel), >= 1."""
+    workers_per_trial: int = 1
+    """Processes of each trial of a search, >= 1; more than 1 runs Ray Train inside each trial."""
+    cpus_per_worker: int | None = None
+    """CPUs (and torch threads) per process. None: 1 in trials; a single run shares the node's."""
+    gpus_per_worker: float = 0.0
+    """GPUs per process; fractions share one."""
+    autoscaling: bool = False
+    """True: the cluster grows on demand, so asking for more than it has now is no error."""
+    max_failures: int = 2
+    """How often a killed worker or trial is restarted from its checkpoint, >= 0."""
+    storage: str | None = None
+    """Folder of all runs. None: $ROBUSTFT_STORAGE, else ./runs (in a Ray job: under
+    $ROBUSTFT_HOME, since the job's folder is temporary)."""
+    tracking_uri: str | None = None
+    """MLflow address. None: $MLFLOW_TRACKING_URI, else SQLite beside the runs."""
+    address: str | None = None
+    """Ray address. None: $RAY_ADDRESS, else an embedded Ray in this process tree."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "workers_per_trial"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"runtime.{name} = {getattr(self, name)} must be at least 1")
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
+            raise ConfigError(f"runtime.cpus_per_worker = {self.cpus_per_worker}: at least 1")
+        if self.gpus_per_worker < 0:
+            raise ConfigError(f"runtime.gpus_per_worker = {self.gpus_per_worker}: 0 or more")
+        if self.max_failures < 0:
+            raise ConfigError(f"runtime.max_failures = {self.max_failures}: 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """start -> method (searched) -> evaluation -> report, recorded as one MLflow parent run."""
+
+    name: str
+    """Name of the experiment: letters, digits, - and _ ; a folder and an MLflow experiment."""
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    """What is being made robust."""
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
+    """The model it starts from."""
+    method: Any
+    """The method's config."""
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    """What is varied."""
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """How start and result are measured on test, once, at the end."""
+    runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
+    """Where and how wide it runs; it never changes what is computed."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
+            raise ConfigError(
+                f"name = {self.name!r} must be letters, digits, - and _ (it names a folder)"
+            )
+        known = {field.name for field in dataclasses.fields(self.method)}
+        for name in self.search.space:
+            if name not in known:
+                raise UnknownNameError(f"field of {method_name(self.method)}", name, known)
+        fixed = METHODS[method_name(self.method)].prepare_fields
+        for name in self.search.space:
+            if name in fixed:
+                raise ConfigError(
+                    f"search.space.{name}: all trials share what depends on {name}, "
+                    "so it cannot vary in one search; run one experiment per value"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the numbers (so not of where it runs)."""
+        return config_hash({k: v for k, v in experiment_to_dict(self).items() if k != "runtime"})
+
+
+def method_name(config: Any) -> str:
+    """Return the key in METHODS whose config class is that of ``config``."""
+    for name, method in METHODS.items():
+        if type(config) is method.config:
+            return name
+    raise ConfigError(f"{type(config).__name__} is no method's config; methods: {sorted(METHODS)}")
+
+
+def _method_from_dict(values: Any, *, path: str) -> Any:
+    if not isinstance(values, Mapping) or "name" not in values:
+        raise ConfigError(f"{path} must be a mapping with a name, e.g. {{name: rift, lr: 0.001}}")
+    fields = dict(values)
+    name = fields.pop("name")
+    if name not in METHODS:
+        raise UnknownNameError("method", str(name), METHODS)
+    return from_dict(METHODS[name].config, fields, path=path)
+
+
+def _method_to_dict(config: Any) -> dict[str, Any]:
+    return {"name": method_name(config), **to_dict(config)}
+
+
+def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
+    """Build an experiment from what YAML holds; methods are mappings with a ``name``.
+
+    Raises:
+        ConfigError, UnknownNameError: naming the field and the remedy.
+    """
+    values = dict(values)
+    if "method" not in values:
+        raise ConfigError("missing field method: name one, e.g. method: {name: rift}")
+    values["method"] = _method_from_dict(values["method"], path="method")
+    start = values.get("start")
+    if isinstance(start, Mapping) and start.get("method") is not None:
+        values["start"] = {
+            **start,
+            "method": _method_from_dict(start["method"], path="start.method"),
+        }
+    return from_dict(Experiment, values)
+
+
+def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Return what ``experiment_from_dict`` reads."""
+    values: dict[str, Any] = to_dict(experiment)
+    values["method"] = _method_to_dict(experiment.method)
+    if experiment.start.method is not None:
+        values["start"]["method"] = _method_to_dict(experiment.start.method)
+    return values
+
+
+def preset_folders() -> list[Path]:
+    """Return where presets are looked for: ./experiments/presets, then beside the package."""
+    beside_package = Path(__file__).resolve().parents[3] / "experiments" / "presets"
+    return [Path("experiments/presets"), beside_package]
+
+
+def list_presets() -> dict[str, Path]:
+    """Return preset name -> file."""
+    found: dict[str, Path] = {}
+    for folder in preset_folders():
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def load_experiment(preset: str | Path) -> Experiment:
+    """Load a preset by name ("rift-embedded") or a YAML file by path.
+
+    Raises:
+        ConfigError: no such preset or file, or something in it cannot be used.
+    """
+    path = Path(preset)
+    if path.suffix not in (".yaml", ".yml"):
+        presets = list_presets()
+        if str(preset) not in presets:
+            raise UnknownNameError("preset", str(preset), presets)
+        path = presets[str(preset)]
+    return experiment_from_dict(load_yaml(path))
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Return ``values`` as YAML in the given field order."""
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=False, width=100)
+    return text

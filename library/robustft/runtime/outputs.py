@@ -1,0 +1,416 @@
+"""What a run leaves in its folder: tables, the summary, the report and the model's card."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustft.config import config_hash
+from robustft.data import Task
+from robustft.evaluation import Evaluation
+from robustft.evaluation.report import ReportData, Stage, SummaryRow, summary_row, write_report
+from robustft.methods import METHODS, Result
+from robustft.methods.base import Row
+from robustft.models.start import Start
+from robustft.runtime.events import Clock
+from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
+from robustft.runtime.results import write_json
+from robustft.runtime.search import Trial
+
+__all__ = [
+    "Found",
+    "card",
+    "command_line",
+    "provenance",
+    "start_cache",
+    "write",
+    "write_rows",
+]
+
+PACKAGES = ("robustft", "torch", "torchvision", "ray", "mlflow", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """Everything a run has found.
+
+    Args:
+        task: the data.
+        start: the starting model.
+        start_result: how it was trained, if it was trained here.
+        trials: all trials.
+        chosen: those of the chosen configuration, one per seed.
+        before: the start on the test split; None for fresh weights.
+        after: the chosen models on the test split, in the order of ``chosen``.
+        model_dir: where the saved model lies.
+    """
+
+    task: Task
+    start: Start
+    start_result: Result | None
+    trials: Sequence[Trial]
+    chosen: Sequence[Trial]
+    before: Evaluation | None
+    after: Sequence[Evaluation]
+    model_dir: Path
+
+    @property
+    def results(self) -> list[Result]:
+        """The chosen trials' results."""
+        return [trial.result for trial in self.chosen if trial.result is not None]
+
+    @property
+    def leaky(self) -> bool:
+        """True if any test example took part in choosing what is reported."""
+        return self.task.leaky or any(bool(r.choices.get("leaky")) for r in self.results)
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, platform and the commit of the code, if it is a checkout."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """Return the checkout's commit, "+" appended if it has uncommitted changes; "" if none."""
+    folder = Path(__file__).resolve().parent
+    try:
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command that started this process, as one would type it in the project."""
+    program = Path(arguments[0])
+    shown = program.name if program.suffix != ".py" else os.path.relpath(program)
+    prefix = "python " if program.suffix == ".py" else ""
+    return prefix + shlex.join([shown, *arguments[1:]])
+
+
+def start_cache(experiment: Experiment, task: Task) -> Path:
+    """Return where the trained start of this configuration is kept, under ROBUSTFT_HOME."""
+    home = Path(os.environ.get("ROBUSTFT_HOME", "~/.robustft")).expanduser()
+    identity = {
+        "start": experiment_to_dict(experiment)["start"],
+        "task": task.digest,
+        "threat_models": [dataclasses.astuple(threat) for threat in task.threat_models],
+        "version": importlib.metadata.version("robustft"),
+        # Gradients of data-parallel workers are summed in another order.
+        "workers": experiment.runtime.workers,
+    }
+    return home / "starts" / config_hash(identity, length=20)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as Parquet; columns that only some rows have are null in the others."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [_cell(row.get(name)) for row in rows] for name in names}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def _cell(value: Any) -> Any:
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def card(
+    experiment: Experiment, task: Task, start: Start, result: Result, evaluation: Evaluation
+) -> dict[str, Any]:
+    """Return what the model's card says beside its architecture."""
+    origin = provenance()
+    return {
+        "method": method_name(experiment.method),
+        "paper": METHODS[method_name(experiment.method)].paper,
+        "start": start.source,
+        "threat_models": [dataclasses.asdict(threat) for threat in task.threat_models],
+        "data": task.name,
+        "data_digest": task.digest,
+        "class_names": list(task.class_names),
+        "selection": task.selection,
+        "leaky": task.leaky or bool(result.choices.get("leaky")),
+        "choices": dict(result.choices),
+        "metrics": {f"test/{name}": value for name, value in evaluation.metrics.items()},
+        "selection_metrics": dict(result.metrics),
+        "config_hash": experiment.fingerprint,
+        "commit": origin["commit"],
+        "versions": origin["versions"],
+    }
+
+
+def trial_rows(found: Found) -> list[Row]:
+    """Return one row per trial: searched values, choices, metrics, error, whether it was chosen."""
+    chosen = {trial.label for trial in found.chosen}
+    rows = []
+    for trial in found.trials:
+        row: Row = {"trial": trial.label, **trial.values}
+        if trial.result is not None:
+            row |= {f"chosen_{name}": value for name, value in trial.result.choices.items()}
+            row |= dict(trial.result.metrics)
+        rows.append({**row, "error": trial.error, "chosen": trial.label in chosen})
+    return rows
+
+
+def curve_rows(found: Found) -> list[Row]:
+    """Return every curve in long form: trial, table, then the table's own columns."""
+    rows = []
+    sources = [(t.label, t.result) for t in found.trials if t.result is not None]
+    if found.start_result is not None:
+        sources.insert(0, ("start", found.start_result))
+    for label, result in sources:
+        for table in ("epochs", "interpolation"):
+            rows += [
+                {"trial": label, "table": table, **row} for row in result.tables.get(table, ())
+            ]
+    return rows
+
+
+def summarize(
+    experiment: Experiment, directory: Path, found: Found, clock: Clock
+) -> dict[str, Any]:
+    """Return all headline numbers: what ``summary.json`` holds."""
+    wall, share = clock.overhead()
+    seeds = [trial.values.get("seed", 0) for trial in found.chosen]
+    return {
+        "experiment": experiment.name,
+        "run_id": directory.name,
+        "fingerprint": experiment.fingerprint,
+        "method": method_name(experiment.method),
+        "data": found.task.name,
+        "data_digest": found.task.digest,
+        "threat_models": [str(threat) for threat in found.task.threat_models],
+        "selection": found.task.selection,
+        "leaky": found.leaky,
+        "chosen": {
+            "trials": [trial.label for trial in found.chosen],
+            "choices": [dict(result.choices) for result in found.results],
+            "selection_metrics": [dict(result.metrics) for result in found.results],
+        },
+        "before": None if found.before is None else evaluation_summary(found.before),
+        "after": {
+            "seeds": {
+                str(seed): evaluation_summary(evaluation)
+                for seed, evaluation in zip(seeds, found.after, strict=True)
+            },
+            "mean": {
+                name: sum(e.metrics[name] for e in found.after) / len(found.after)
+                for name in found.after[0].metrics
+            },
+        },
+        "num_trials": len(found.trials),
+        "failed_trials": {t.label: t.error for t in found.trials if t.error},
+        "seconds": {"wall": wall, **clock.stages()},
+        "overhead": {"share": share, "seconds": share * wall},
+        "passes": {
+            "test_forwards": sum(e.num_forwards for e in evaluations(found)),
+            "test_backwards": sum(e.num_backwards for e in evaluations(found)),
+        },
+        **provenance(),
+    }
+
+
+def evaluations(found: Found) -> list[Evaluation]:
+    """Return every evaluation of the test split."""
+    return [*([found.before] if found.before is not None else []), *found.after]
+
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return metric -> accuracy, interval and n."""
+    return {
+        row["metric"]: {name: row[name] for name in ("accuracy", "low", "high", "n")}
+        for row in evaluation.rows()
+    }
+
+
+def write(
+    experiment: Experiment,
+    directory: Path,
+    found: Found,
+    clock: Clock,
+    *,
+    command: str,
+    tracking_url: str | None,
+) -> tuple[dict[str, Any], ReportData, Path]:
+    """Write summary, tables and report; return the summary, the report's data and its page."""
+    write_rows(directory / "trials.parquet", trial_rows(found))
+    write_rows(directory / "curves.parquet", curve_rows(found))
+    for table in ("criticality",):
+        rows = found.results[0].tables.get(table)
+        if rows:
+            write_rows(directory / f"{table}.parquet", rows)
+    data = report_data(
+        experiment, directory, found, clock, command=command, tracking_url=tracking_url
+    )
+    page = write_report(directory, data)
+    # Last: a folder with a summary is a finished run.
+    summary = summarize(experiment, directory, found, clock)
+    write_json(directory / "summary.json", summary)
+    return summary, data, page
+
+
+def report_data(
+    experiment: Experiment,
+    directory: Path,
+    found: Found,
+    clock: Clock,
+    *,
+    command: str,
+    tracking_url: str | None,
+) -> ReportData:
+    """Return what the report shows."""
+    wall, share = clock.overhead()
+    origin = provenance()
+    best = _best_seed(experiment, found)
+    result = found.results[best]
+    chosen_layers = str(result.choices.get("layer", "")).split(",")
+    criticality = [
+        {**row, "chosen": row["layer"] in chosen_layers}
+        for row in result.tables.get("criticality", ())
+    ]
+    epochs = [row for row in curve_rows(found) if row["table"] == "epochs"]
+    method = method_name(experiment.method)
+    return ReportData(
+        title=experiment.name,
+        sentence=_sentence(experiment, found),
+        run_id=directory.name,
+        created=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        commit=origin["commit"],
+        command=command,
+        versions={**origin["versions"], "python": origin["python"]},
+        config=experiment_to_dict(experiment),
+        summary=summary_rows(experiment, found),
+        chosen={**result.choices, "trial": found.chosen[best].label},
+        tolerance=float(getattr(experiment.method, "tolerance", 0.0)),
+        selection_split=_split_name(found.task, "val"),
+        report_split=_split_name(found.task, "test"),
+        leaky=found.leaky,
+        warnings=warnings(found),
+        stages=[Stage(name=name, seconds=seconds) for name, seconds in clock.stages().items()],
+        wall_seconds=wall,
+        overhead=share,
+        trials=[row for row in trial_rows(found) if not row["error"]],
+        criticality=criticality,
+        interpolation=[row for row in curve_rows(found) if row["table"] == "interpolation"],
+        epochs=[
+            {**row, "stage": f"start ({row['trial']})" if row["trial"] == "start" else method}
+            | ({"trial": None} if row["trial"] == "start" else {})
+            for row in epochs
+        ],
+        corruptions=_corruption_rows(found),
+        run_directory=str(directory),
+        report_path=str(directory / "report.html"),
+        tracking_url=tracking_url,
+    )
+
+
+def summary_rows(experiment: Experiment, found: Found) -> list[SummaryRow]:
+    """Return one row per measurement: before, after (mean over seeds per image), paired change."""
+    config = experiment.evaluation
+    rows = []
+    for name in found.after[0].metrics:
+        if name.startswith("corruption/") or name == "robust" or name.endswith("/robust"):
+            continue
+        after = _outcomes(found.after, name)
+        before = after if found.before is None else _outcomes([found.before], name)
+        kind = "clean" if name == "clean" else "robust"
+        title = name
+        if name == "corruptions":
+            kind, title = "corruptions", f"Corruptions ({config.corruption_set})"
+        elif name == "clean":
+            title = "Clean"
+        else:
+            norm, attack = name.split("/")
+            threat = next(t for t in found.task.threat_models if t.norm == norm)
+            steps = config.pgd_steps if attack == "pgd" else config.apgd_steps
+            title = f"{attack.upper()}-{steps}, {threat}"
+        row = summary_row(title, kind, before, after)  # type: ignore[arg-type]
+        if found.before is None:
+            row = dataclasses.replace(row, before=None, change=None)
+        rows.append(row)
+    return rows
+
+
+def _outcomes(evaluations: Sequence[Evaluation], name: str) -> Any:
+    outcomes = [evaluation.outcomes(name) for evaluation in evaluations]
+    return outcomes[0] if len(outcomes) == 1 else np.mean(outcomes, axis=0)
+
+
+def _corruption_rows(found: Found) -> list[Row]:
+    if found.before is None:
+        return []
+    prefix = "corruption/"
+    before = found.before.metrics
+    return [
+        {
+            "corruption": name.removeprefix(prefix),
+            "before": before[name],
+            "after": sum(e.metrics[name] for e in found.after) / len(found.after),
+        }
+        for name in before
+        if name.startswith(prefix)
+    ]
+
+
+def _best_seed(experiment: Experiment, found: Found) -> int:
+    scores = [result.metrics.get(experiment.search.metric, 0.0) for result in found.results]
+    return scores.index(max(scores))
+
+
+def _sentence(experiment: Experiment, found: Found) -> str:
+    method = method_name(experiment.method)
+    threats = " and ".join(map(str, found.task.threat_models))
+    count = len(found.trials)
+    searched = f"{count} trials" if count > 1 else "one run"
+    seeds = len(found.chosen)
+    over = f"; the chosen setting is the mean of {seeds} seeds" if seeds > 1 else ""
+    return (
+        f"{method} on {found.task.name} against {threats}, from {found.start.source}: "
+        f"{searched}, chosen on {_split_name(found.task, 'val')}{over}."
+    )
+
+
+def _split_name(task: Task, split: str) -> str:
+    if task.selection == "test_half":
+        return f"half of the test split ({len(task.splits[split])} images)"
+    if task.selection == "official":
+        return f"the test split ({len(task.splits[split])} images)"
+    return f"the {split} split ({len(task.splits[split])} images)"
+
+
+def warnings(found: Found) -> list[str]:
+    """Return what a reader must know before believing the numbers."""
+    lines = []
+    if found.leaky:
+        lines.append("leaky: test examples took part in choosing what is reported on them")
+    failed = [trial.label for trial in found.trials if trial.error]
+    if failed:
+        lines.append(f"{len(failed)} of {len(found.trials)} trials failed: {'; '.join(failed)}")
+    for evaluation in evaluations(found):
+        metrics = evaluation.metrics
+        for name, value in metrics.items():
+            if name.endswith(("/pgd", "/apgd")) and value > metrics.get("clean", 1.0):
+                lines.append(f"{name} accuracy exceeds clean accuracy: the attack is broken")
+    return lines

@@ -1,0 +1,257 @@
+"""What can be found wrong with an experiment before anything starts: ``robustft validate``."""
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from robustft.data import Task, load_task
+from robustft.errors import ConfigError, ResourceError, RobustftError, nearest
+from robustft.methods import METHODS
+from robustft.methods.criticality import eligible_layers
+from robustft.methods.rift import RiftConfig, choose_modules
+from robustft.models import load_start, weight_layers
+from robustft.models.start import Start
+from robustft.runtime.experiment import Experiment, method_name
+from robustft.runtime.search import with_values
+from robustft.runtime.session import Session, connect, storage_root
+from robustft.runtime.spool import mask
+from robustft.runtime.tracking import default_uri
+
+__all__ = ["Finding", "validate"]
+
+GIB = 1024**3
+NEEDED_BYTES = GIB // 2
+"""Below this much free disk a run is refused: checkpoints, tables and plots need room."""
+COMFORTABLE_BYTES = 4 * GIB
+"""Below this much a warning."""
+ANSWER_SECONDS = 3.0
+"""How long MLflow may take to say that it is there."""
+COMMON_METRICS = ("val/clean", "val/robust")
+"""Every method reports these."""
+GREY_RADIUS = 0.5
+"""From this Linf radius on an attack can turn every image into the same grey one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or may be.
+
+    Args:
+        level: "error" if the experiment cannot run like this, else "warning".
+        text: one sentence that names the remedy.
+    """
+
+    level: Literal["error", "warning"]
+    text: str
+
+
+Findings = Iterator[Finding]
+
+
+def validate(experiment: Experiment) -> list[Finding]:
+    """Check an experiment against its data, its weights, this machine and its cluster.
+
+    Nothing is trained and nothing is left behind, except that data sets of encoded pictures are
+    decoded into the cache, where the run would do the same.
+
+    Returns:
+        What was found, errors first; empty if nothing was.
+    """
+    checks = (
+        _check_content,
+        _check_threats,
+        _check_leaks,
+        _check_metric,
+        _check_storage,
+        _check_tracking,
+        _check_resources,
+    )
+    found = [finding for check in checks for finding in _caught(partial(check, experiment))]
+    return sorted(found, key=lambda finding: finding.level != "error")
+
+
+def _caught(check: Callable[[], Findings]) -> Findings:
+    """Yield what ``check`` finds; an error that it raises is a finding too."""
+    try:
+        yield from check()
+    except RobustftError as error:
+        yield Finding("error", str(error))
+
+
+def _check_content(experiment: Experiment) -> Findings:
+    """Data, then the model that fits them, then the layers of that model."""
+    task = load_task(experiment.task)
+    model = _load_start(experiment, task).build()
+    for field, value in _searched(experiment):
+        yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
+    if "modules" not in experiment.search.space:
+        yield from _caught(partial(_check_value, experiment.method, {}, model))
+
+
+def _load_start(experiment: Experiment, task: Task) -> Start:
+    config = experiment.start
+    shape: dict[str, Any] = {
+        "architecture": config.model,
+        "num_classes": task.num_classes,
+        "image_shape": task.image_shape,
+        "mean": task.mean,
+        "std": task.std,
+    }
+    if config.checkpoint is not None:
+        return load_start(config.checkpoint, **shape)
+    name = method_name(experiment.method)
+    if config.method is None and METHODS[name].needs_start:
+        raise ConfigError(
+            f"{name} fine-tunes a robust model: give start.checkpoint, or start.method to train one"
+        )
+    return Start(**shape, seed=config.seed)
+
+
+def _searched(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """Yield (field, value) for every value of a grid and both ends of every distribution."""
+    for field, values in experiment.search.space.items():
+        if isinstance(values, Mapping):
+            for limits in values.values():
+                yield from ((field, value) for value in limits)
+        else:
+            yield from ((field, value) for value in values)
+
+
+def _check_value(method: Any, changed: Mapping[str, Any], model: nn.Module) -> Findings:
+    """Raise if the method refuses a searched value, or if it names layers that are not there."""
+    try:
+        config = with_values(method, changed)
+    except ConfigError as error:
+        raise ConfigError(f"search.space: {error}") from error
+    if isinstance(config, RiftConfig) and (not changed or "modules" in changed):
+        choose_modules(config, model, _all_layers(config, model))
+    yield from ()
+
+
+def _all_layers(config: RiftConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return a criticality table as the run will make it, but for the values."""
+    names = list(weight_layers(model))
+    eligible = eligible_layers(names, config.eligible)
+    return [
+        {
+            "layer": name,
+            "eligible": name in eligible,
+            "rank": eligible.index(name) + 1 if name in eligible else 0,
+            "criticality": 0.0,
+        }
+        for name in names
+    ]
+
+
+def _check_threats(experiment: Experiment) -> Findings:
+    for threat in experiment.task.threat_models:
+        if threat.eps == 0:
+            yield Finding("warning", f"{threat}: a radius of 0 is no attack at all")
+        if threat.norm == "Linf" and threat.eps >= GREY_RADIUS:
+            yield Finding(
+                "warning",
+                f"{threat}: from {GREY_RADIUS} on every image can be turned into the same grey "
+                "one, so nothing can be robust; radii are in [0, 1] pixel units",
+            )
+
+
+def _check_leaks(experiment: Experiment) -> Findings:
+    choosing = []
+    if experiment.task.selection == "official":
+        choosing.append("task.selection = official")
+    if getattr(experiment.method, "mrc_split", None) == "test":
+        choosing.append("method.mrc_split = test")
+    if choosing:
+        yield Finding(
+            "warning",
+            f"{' and '.join(choosing)}: choices are made on the test split, as in the paper, and "
+            "its numbers will be marked leaky",
+        )
+
+
+def _check_metric(experiment: Experiment) -> Findings:
+    metric = experiment.search.metric
+    if experiment.search.space and metric not in COMMON_METRICS:
+        guess = nearest(metric, COMMON_METRICS)
+        hint = f"did you mean {guess}?" if guess else f"every method has {COMMON_METRICS}"
+        yield Finding(
+            "warning", f"search.metric = {metric!r} is not one that every method reports: {hint}"
+        )
+
+
+def _check_storage(experiment: Experiment) -> Findings:
+    storage = storage_root(experiment.runtime)
+    existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write runs to {storage} ({error.strerror or error}): choose another folder "
+            "with runtime.storage"
+        ) from error
+    if free < COMFORTABLE_BYTES:
+        level: Literal["error", "warning"] = "error" if free < NEEDED_BYTES else "warning"
+        yield Finding(
+            level,
+            f"the disk of {storage} has {free / GIB:.1f} GiB left: free some space, or choose "
+            "another folder with runtime.storage",
+        )
+
+
+def _check_tracking(experiment: Experiment) -> Findings:
+    """Only a warning: a run never dies because tracking did, and its records are kept."""
+    runtime = experiment.runtime
+    uri = runtime.tracking_uri or default_uri(storage_root(runtime))
+    if not re.match(r"https?://", uri):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        yield Finding(
+            "warning",
+            f"MLflow at {mask(uri)} does not answer ({reason}): the run would keep its records; "
+            "send them later with robustft sync RUN_DIR",
+        )
+
+
+def _check_resources(experiment: Experiment) -> Findings:
+    runtime = experiment.runtime
+    if runtime.address or os.environ.get("RAY_ADDRESS"):
+        with connect(runtime) as session:
+            yield from _check_wanted(session, experiment)
+    else:
+        yield from _check_wanted(_this_machine(), experiment)
+
+
+def _this_machine() -> Session:
+    """Return what an embedded Ray will find."""
+    import torch
+
+    cpus = os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    return Session(embedded=True, num_cpus=cpus, num_gpus=gpus, largest_node_cpus=cpus)
+
+
+def _check_wanted(session: Session, experiment: Experiment) -> Findings:
+    runtime = experiment.runtime
+    wanted = {runtime.workers, runtime.workers_per_trial if experiment.search.space else 1}
+    for workers in sorted(wanted):
+        session.require(
+            workers,
+            cpus=runtime.cpus_per_worker or 1,
+            gpus=runtime.gpus_per_worker,
+            growing=runtime.autoscaling,
+        )
+    yield from ()

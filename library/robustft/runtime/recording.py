@@ -1,0 +1,127 @@
+"""What a run tells MLflow: the experiment's run, one child per stage and trial, the final model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robustft.methods import Result
+from robustft.runtime.events import Event
+from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
+from robustft.runtime.outputs import Found, commit
+from robustft.runtime.tracking import Tracker
+
+__all__ = ["TrackingListener", "log_finished", "log_prepared", "log_stage", "start_parent"]
+
+FILES = ("config.yaml", "summary.json", "trials.parquet", "curves.parquet", "report.html")
+
+
+def start_parent(tracker: Tracker, experiment: Experiment, directory: Path) -> str:
+    """Start the experiment's MLflow run."""
+    values = experiment_to_dict(experiment)
+    tags = {
+        "robustft.kind": "experiment",
+        "robustft.method": method_name(experiment.method),
+        "robustft.threat": ", ".join(map(str, experiment.task.threat_models)),
+        "robustft.selection": experiment.task.selection,
+        "leaky": experiment.task.selection == "official",
+        "robustft.run_id": directory.name,
+        "mlflow.source.git.commit": commit(),
+    }
+    params = {name: values[name] for name in ("task", "start", "method", "evaluation")}
+    return tracker.start_run(directory.name, key="experiment", params=params, tags=tags)
+
+
+class TrackingListener:
+    """Turns events into MLflow runs: one per stage, one per trial, under the experiment's run."""
+
+    def __init__(self, tracker: Tracker, parent: str) -> None:
+        self._tracker, self._parent = tracker, parent
+        self._runs: dict[tuple[str, str], str] = {}
+
+    def __call__(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "begin":
+            run = self._run(event)
+            self._tracker.log_params(run, event["values"])
+        elif kind == "metrics":
+            self._tracker.log_metrics(self._run(event), event["metrics"], step=event["step"])
+        elif kind == "end":
+            run = self._run(event)
+            # The trial's headline numbers stand apart from its curves.
+            best = {f"final/{name}": value for name, value in event["metrics"].items()}
+            self._tracker.log_metrics(run, best, step=0)
+            if event["error"]:
+                self._tracker.set_tags(run, {"error": event["error"]})
+            self._tracker.finish_run(run, "FAILED" if event["error"] else "FINISHED")
+
+    def _run(self, event: Event) -> str:
+        key = (event["stage"], event["run"])
+        if key not in self._runs:
+            name = event["run"] or event["stage"]
+            kind = "trial" if event["run"] else "stage"
+            self._runs[key] = self._tracker.start_run(
+                name, key="/".join(key), parent=self._parent, tags={"robustft.kind": kind}
+            )
+        return self._runs[key]
+
+
+def log_stage(tracker: Tracker, parent: str, stage: str, result: Result) -> None:
+    """Log a finished stage's curves and numbers; those known already are only repeated."""
+    run = tracker.start_run(stage, key=f"{stage}/", parent=parent, tags={"robustft.kind": "stage"})
+    for row in result.tables.get("epochs", ()):
+        values = {n: v for n, v in row.items() if isinstance(v, float) and "/" in n}
+        tracker.log_metrics(run, values, step=int(row.get("epoch", 0)))
+    tracker.log_metrics(run, {f"final/{n}": v for n, v in result.metrics.items()}, step=0)
+    tracker.finish_run(run)
+
+
+def log_prepared(tracker: Tracker, parent: str, stage: str, prepared: Mapping[str, Any]) -> None:
+    """Log a criticality table as metrics, one per layer."""
+    rows = prepared.get("criticality")
+    if not rows:
+        return
+    run = tracker.start_run(stage, key=f"{stage}/", parent=parent, tags={"robustft.kind": "stage"})
+    for row in rows:
+        values = {
+            f"mrc/{row['layer']}": row["criticality"],
+            f"mrc_drop/{row['layer']}": row["accuracy_drop"],
+        }
+        tracker.log_metrics(run, values, step=0)
+    tracker.finish_run(run)
+
+
+def log_finished(
+    tracker: Tracker, parent: str, directory: Path, found: Found, summary: Mapping[str, Any]
+) -> None:
+    """Log the headline numbers, the files, the plots and the model of a finished run."""
+    numbers = {
+        name: value
+        for name, value in summary["after"]["mean"].items()
+        if not name.startswith("corruption/")
+    }
+    tracker.log_metrics(parent, {f"test/{name}": v for name, v in numbers.items()}, step=0)
+    if summary["before"] is not None:
+        before = {f"start/{n}": v["accuracy"] for n, v in summary["before"].items() if n in numbers}
+        change = {f"change/{n}": numbers[n] - summary["before"][n]["accuracy"] for n in numbers}
+        tracker.log_metrics(parent, {**before, **change}, step=0)
+    tracker.log_metrics(parent, {"overhead": summary["overhead"]["share"]}, step=0)
+    chosen = found.results[0]
+    tracker.set_tags(parent, {f"chosen.{name}": value for name, value in chosen.choices.items()})
+    for name in FILES:
+        tracker.log_artifact(parent, directory / name)
+    tracker.log_artifact(parent, directory / "plots")
+    tags = {
+        "threat_model": ", ".join(map(str, found.task.threat_models)),
+        "method": summary["method"],
+        "data": found.task.name,
+        "architecture": found.start.architecture,
+        "leaky": found.leaky,
+        "selection": found.task.selection,
+    }
+    tracker.log_model(
+        parent,
+        found.model_dir,
+        name=f"{found.task.name}-{found.start.architecture}-{summary['method']}",
+        tags=tags,
+        metrics={f"test/{name}": value for name, value in numbers.items()},
+    )

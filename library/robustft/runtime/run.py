@@ -1,0 +1,584 @@
+"""Run an experiment: start -> method (searched) -> evaluation -> report.
+
+Every stage leaves what it found in the run's folder, so that ``resume`` goes on where a run
+stopped and repeats no finished trial and no finished item of a fan-out.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft.data import Task, load_task
+from robustft.errors import ConfigError, ResourceError
+from robustft.evaluation import Evaluation, evaluate
+from robustft.evaluation.report import ReportData
+from robustft.methods import METHODS, Result
+from robustft.methods.base import Row
+from robustft.models import load_start, save_model
+from robustft.models.start import Start
+from robustft.runtime import outputs, recording
+from robustft.runtime.events import Clock, EventPump
+from robustft.runtime.experiment import (
+    Experiment,
+    dump_yaml,
+    experiment_from_dict,
+    experiment_to_dict,
+    method_name,
+)
+from robustft.runtime.fanout import Fanout
+from robustft.runtime.progress import ProgressLines
+from robustft.runtime.results import has_result, load_result, save_result, write_json
+from robustft.runtime.search import Trial, choose, search
+from robustft.runtime.session import Session, connect, set_environment, storage_root
+from robustft.runtime.tracking import Tracker
+from robustft.runtime.trainer import DriverContext, Job, train
+
+__all__ = ["Report", "rank_layers", "resume", "run"]
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 8
+"""Torch threads of a single run's worker: small models do not gain from more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """Where a finished run lies, and its numbers.
+
+    Args:
+        directory: the run's folder.
+        summary: what ``summary.json`` holds.
+        report_html: the self-contained page.
+        data: what the page and the terminal's table show (``evaluation.report.write_summary``).
+    """
+
+    directory: Path
+    summary: Mapping[str, Any]
+    report_html: Path
+    data: ReportData
+
+
+@dataclasses.dataclass(kw_only=True)
+class Running:
+    """What the stages of one run share."""
+
+    experiment: Experiment
+    directory: Path
+    session: Session
+    pump: EventPump
+    tracker: Tracker
+    clock: Clock
+    parent: str
+    task: Task
+    task_ref: Any
+
+    @property
+    def gpu(self) -> bool:
+        return self.experiment.runtime.gpus_per_worker > 0
+
+    @property
+    def device(self) -> str:
+        """Where workers and tasks compute; the driver may well have no GPU itself."""
+        return "cuda" if self.gpu else "cpu"
+
+    def cpus(self, workers: int, *, trial: bool) -> int:
+        """Return the CPUs of one worker."""
+        configured = self.experiment.runtime.cpus_per_worker
+        if configured is not None:
+            return configured
+        if trial:
+            return 1
+        share = self.session.num_cpus // workers
+        return max(1, min(share, self.session.largest_node_cpus, MAX_THREADS))
+
+    def say(self, stage: str, text: str, **fields: Any) -> None:
+        self.pump.local({"kind": "stage", "stage": stage, "text": text, **fields})
+
+    def fanout(self, stage: str) -> Fanout:
+        gpus = self.experiment.runtime.gpus_per_worker
+        return Fanout(
+            self.directory / "items",
+            self.pump,
+            stage=stage,
+            max_in_flight=2 * max(1, self.session.num_cpus),
+            gpus=gpus,
+        )
+
+
+def run(
+    experiment: Experiment,
+    *,
+    address: str | None = None,
+    run_dir: str | Path | None = None,
+    began: float | None = None,
+) -> Report:
+    """Run ``experiment`` from start to report.
+
+    Args:
+        experiment: what to run.
+        address: Ray address; overrides ``experiment.runtime.address``.
+        run_dir: folder of the run; None makes a new one. Whatever it holds already is not
+            computed again.
+        began: when the process started (seconds since 1970), for the share of time in which no
+            method code ran; None is now.
+
+    Raises:
+        RobustftError: with one sentence that names the remedy.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; its text says how to resume.
+    """
+    runtime = experiment.runtime
+    if address is not None:
+        runtime = dataclasses.replace(runtime, address=address)
+        experiment = dataclasses.replace(experiment, runtime=runtime)
+    set_environment(runtime)
+    storage = storage_root(runtime)
+    clock = Clock(time.time() if began is None else began)
+    with _resumable(run_dir, storage, experiment) as directory:
+        tracker = Tracker(
+            directory,
+            experiment=experiment.name,
+            storage=storage,
+            tracking_uri=runtime.tracking_uri,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(tracker.close)
+            parent = recording.start_parent(tracker, experiment, directory)
+            # Until something says otherwise, a run that ends has failed.
+            status = ["FAILED"]
+            stack.callback(lambda: tracker.finish_run(parent, status[0]))  # type: ignore[arg-type]
+            try:
+                report = _run(experiment, directory, tracker, parent, clock, stack)
+            except KeyboardInterrupt:
+                status[0] = "KILLED"
+                raise
+            status[0] = "FINISHED"
+        return report
+
+
+def resume(run_dir: str | Path) -> Report:
+    """Continue the run in ``run_dir``.
+
+    Raises:
+        ConfigError: no run lies there.
+    """
+    directory = Path(run_dir).resolve()
+    try:
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run_dir} is no run folder (no readable run.json): give runs/<name>/<run-id>"
+        ) from error
+    experiment = experiment_from_dict(record["experiment"])
+    where = Path(record["working_directory"])
+    return run(_absolute(experiment, where), run_dir=directory)
+
+
+def rank_layers(experiment: Experiment, *, address: str | None = None) -> list[Row]:
+    """Return the criticality of every layer of the experiment's start, most critical last.
+
+    Raises:
+        ConfigError: the experiment's method is not RiFT.
+    """
+    method = METHODS[method_name(experiment.method)]
+    if method.name != "rift" or method.prepare is None:
+        raise ConfigError(f"criticality belongs to rift; this experiment runs {method.name}")
+    report_rows: list[Row] = []
+
+    def stop_after_prepare(running: Running, start: Start) -> None:
+        report_rows.extend(_prepare(running, start)["criticality"])
+
+    _partial(experiment, address, stop_after_prepare)
+    return sorted(report_rows, key=lambda row: row["criticality"])
+
+
+def _partial(experiment: Experiment, address: str | None, then: Any) -> None:
+    runtime = experiment.runtime
+    if address is not None:
+        experiment = dataclasses.replace(
+            experiment, runtime=dataclasses.replace(runtime, address=address)
+        )
+    set_environment(runtime)
+    storage = storage_root(runtime)
+    with _resumable(None, storage, experiment) as directory, contextlib.ExitStack() as stack:
+        tracker = Tracker(
+            directory,
+            experiment=experiment.name,
+            storage=storage,
+            tracking_uri=runtime.tracking_uri,
+        )
+        stack.callback(tracker.close)
+        parent = recording.start_parent(tracker, experiment, directory)
+        running = _open(experiment, directory, tracker, parent, Clock(time.time()), stack)
+        start, _ = _start(running)
+        then(running, start)
+        tracker.finish_run(parent)
+
+
+def _run(
+    experiment: Experiment,
+    directory: Path,
+    tracker: Tracker,
+    parent: str,
+    clock: Clock,
+    stack: contextlib.ExitStack,
+) -> Report:
+    running = _open(experiment, directory, tracker, parent, clock, stack)
+    start, start_result = _start(running)
+    trials = _method(running, start)
+    chosen = choose(trials, experiment.search.metric)
+    before, after = _evaluate(running, start, chosen)
+    running.pump.sync()
+    model_dir = _save_model(running, start, chosen, after)
+    found = outputs.Found(
+        task=running.task,
+        start=start,
+        start_result=start_result,
+        trials=trials,
+        chosen=chosen,
+        before=before,
+        after=after,
+        model_dir=model_dir,
+    )
+    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    summary, data, page = outputs.write(
+        experiment,
+        directory,
+        found,
+        clock,
+        command=record["command"],
+        tracking_url=tracker.run_url(parent),
+    )
+    recording.log_finished(tracker, parent, directory, found, summary)
+    return Report(directory=directory, summary=summary, report_html=page, data=data)
+
+
+def _open(
+    experiment: Experiment,
+    directory: Path,
+    tracker: Tracker,
+    parent: str,
+    clock: Clock,
+    stack: contextlib.ExitStack,
+) -> Running:
+    """Connect, load the data and start listening."""
+    import ray
+
+    runtime = experiment.runtime
+    with clock.stage("start-up"):
+        task = load_task(experiment.task)
+        session = stack.enter_context(connect(runtime))
+        progress = ProgressLines()
+        stack.callback(progress.close)
+        pump = EventPump([clock, progress, recording.TrackingListener(tracker, parent)])
+        stack.callback(pump.close)
+    for name, split in task.splits.items():
+        source = experiment.task.root or experiment.task.data
+        tracker.log_dataset(
+            parent,
+            name=task.name,
+            digest=task.digest,
+            context=name,
+            source=source,
+            num_rows=len(split),
+        )
+    running = Running(
+        experiment=experiment,
+        directory=directory,
+        session=session,
+        pump=pump,
+        tracker=tracker,
+        clock=clock,
+        parent=parent,
+        task=task,
+        task_ref=ray.put(task),
+    )
+    for workers, trial in ((runtime.workers, False), (runtime.workers_per_trial, True)):
+        session.require(
+            workers,
+            cpus=running.cpus(workers, trial=trial),
+            gpus=runtime.gpus_per_worker,
+            growing=runtime.autoscaling,
+        )
+    return running
+
+
+def _start(running: Running) -> tuple[Start, Result | None]:
+    """Return the starting model: fresh, from a file, or trained once and cached."""
+    config = running.experiment.start
+    task = running.task
+    shape: dict[str, Any] = {
+        "architecture": config.model,
+        "num_classes": task.num_classes,
+        "image_shape": task.image_shape,
+        "mean": task.mean,
+        "std": task.std,
+    }
+    if config.checkpoint is not None:
+        return load_start(config.checkpoint, **shape), None
+    fresh = Start(**shape, seed=config.seed)
+    if config.method is None:
+        if METHODS[method_name(running.experiment.method)].needs_start:
+            raise ConfigError(
+                f"{method_name(running.experiment.method)} fine-tunes a robust model: give "
+                "start.checkpoint, or start.method to train one"
+            )
+        return fresh, None
+    name = method_name(config.method)
+    cache = outputs.start_cache(running.experiment, task)
+    with running.clock.stage(f"start ({name})"):
+        if has_result(cache):
+            running.say("start", f"{config.model} trained by {name} is cached in {cache}")
+            result = load_result(cache)
+        else:
+            running.say("start", f"training {config.model} by {name}")
+            result = _train(running, config.method, fresh, stage=f"start-{name}")
+            save_result(result, cache)
+    recording.log_stage(running.tracker, running.parent, f"start-{name}", result)
+    source = f"{config.model} trained by {name} on {task.name}"
+    return dataclasses.replace(fresh, state=result.state, source=source), result
+
+
+def _train(
+    running: Running,
+    config: Any,
+    start: Start,
+    *,
+    stage: str,
+    prepared: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run one training function with Ray Train, or return what an earlier attempt has left."""
+    import ray
+
+    folder = running.directory / "stages" / stage
+    if has_result(folder):
+        return load_result(folder)
+    runtime = running.experiment.runtime
+    cpus = running.cpus(runtime.workers, trial=False)
+    shared = ray.put(prepared) if prepared else None
+    result = train(
+        _job(running, config, ray.put(start), shared, stage=stage, cpus=cpus),
+        name=stage,
+        storage=running.directory / "train",
+        workers=runtime.workers,
+        cpus=cpus,
+        gpus=runtime.gpus_per_worker,
+        max_failures=runtime.max_failures,
+    )
+    save_result(result, folder)
+    running.pump.sync()
+    return result
+
+
+def _job(running: Running, config: Any, start: Any, prepared: Any, *, stage: str, cpus: int) -> Job:
+    return Job(
+        method=method_name(config),
+        config=config,
+        task=running.task_ref,
+        start=start,
+        prepared=prepared,
+        stage=stage,
+        run="",
+        threads=cpus,
+        gpu=running.gpu,
+        send=running.pump.sender,
+    )
+
+
+def _prepare(running: Running, start: Start) -> Mapping[str, Any]:
+    """Do once what all trials share, fanned out over the cluster."""
+    config = running.experiment.method
+    method = METHODS[method_name(config)]
+    if method.prepare is None:
+        return {}
+    stage = f"{method.name}-prepare"
+    running.say("prepare", f"what all {method.name} trials share")
+    context = DriverContext(
+        task=running.task,
+        start=start,
+        mapper=running.fanout("prepare"),
+        report_to=running.pump.local,
+        stage="prepare",
+        device=torch.device(running.device),
+    )
+    with running.clock.stage("prepare"):
+        prepared = method.prepare(config, context)
+        context.pause()
+    running.pump.sync()
+    recording.log_prepared(running.tracker, running.parent, stage, prepared)
+    return prepared
+
+
+def _method(running: Running, start: Start) -> list[Trial]:
+    """Run the method: a search, or a single run."""
+    import ray
+
+    experiment = running.experiment
+    name = method_name(experiment.method)
+    prepared = _prepare(running, start)
+    if not experiment.search.space:
+        with running.clock.stage(name):
+            running.say(name, f"running {name} on {experiment.runtime.workers} worker(s)")
+            result = _train(running, experiment.method, start, stage=name, prepared=prepared)
+        recording.log_stage(running.tracker, running.parent, name, result)
+        return [Trial(label=name, values={}, result=result)]
+    cpus = running.cpus(experiment.runtime.workers_per_trial, trial=True)
+    job = _job(
+        running,
+        experiment.method,
+        ray.put(start),
+        ray.put(prepared) if prepared else None,
+        stage="search",
+        cpus=cpus,
+    )
+    count = _num_trials(experiment)
+    running.say("search", f"{count} trials of {name}", trials=count)
+    with running.clock.stage("search"):
+        trials = search(
+            job,
+            experiment.search,
+            experiment.runtime,
+            running.session,
+            directory=running.directory / "search",
+            cpus=cpus,
+        )
+        running.pump.sync()
+    for trial in trials:
+        if trial.error:
+            log.warning("trial %s failed: %s", trial.label, trial.error)
+    if any(trial.error == "not finished" for trial in trials):
+        raise KeyboardInterrupt
+    return trials
+
+
+def _num_trials(experiment: Experiment) -> int:
+    count = experiment.search.num_samples
+    if experiment.search.algorithm == "grid":
+        for values in experiment.search.space.values():
+            count *= len(values)
+    return count
+
+
+def _evaluate(
+    running: Running, start: Start, chosen: Sequence[Trial]
+) -> tuple[Evaluation | None, list[Evaluation]]:
+    """Read the test split: once for the start, once for each seed of the chosen configuration."""
+    config = running.experiment.evaluation
+    fanout = running.fanout("evaluate")
+    running.say("evaluate", f"test split: start and {len(chosen)} chosen model(s)")
+    states = [start.state] if start.state is not None else []
+    states += [trial.result.state for trial in chosen if trial.result is not None]
+    found = []
+    with running.clock.stage("evaluate"):
+        for state in states:
+            model = dataclasses.replace(start, state=state).build()
+            found.append(
+                evaluate(model, running.task, config=config, map=fanout, device=running.device)
+            )
+    folder = running.directory / "masks"
+    folder.mkdir(exist_ok=True)
+    names = ["start"] if start.state is not None else []
+    names += [f"seed-{trial.values.get('seed', i)}" for i, trial in enumerate(chosen)]
+    for name, evaluation in zip(names, found, strict=True):
+        evaluation.save(folder / f"{name}.parquet")
+    return (found[0], found[1:]) if start.state is not None else (None, found)
+
+
+def _save_model(
+    running: Running, start: Start, chosen: Sequence[Trial], after: Sequence[Evaluation]
+) -> Path:
+    """Save the seed that is best on the selection split, with its card."""
+    metric = running.experiment.search.metric
+    finished = [(t.result, e) for t, e in zip(chosen, after, strict=True) if t.result is not None]
+    result, evaluation = max(finished, key=lambda pair: pair[0].metrics.get(metric, 0.0))
+    card = outputs.card(running.experiment, running.task, start, result, evaluation)
+    directory = running.directory / "model"
+    save_model(directory, start=start, state=result.state, card=card)
+    return directory
+
+
+def _absolute(experiment: Experiment, where: Path) -> Experiment:
+    """Return ``experiment`` with relative paths taken from the folder where it was started."""
+    task, start = experiment.task, experiment.start
+    if task.root is not None:
+        task = dataclasses.replace(task, root=str(where / task.root))
+    if start.checkpoint is not None and (where / start.checkpoint).exists():
+        start = dataclasses.replace(start, checkpoint=str(where / start.checkpoint))
+    return dataclasses.replace(experiment, task=task, start=start)
+
+
+@contextlib.contextmanager
+def _resumable(run_dir: str | Path | None, storage: Path, experiment: Experiment) -> Iterator[Path]:
+    """Make the run's folder, turn SIGTERM into Ctrl-C, and say how to resume an ended run."""
+    if run_dir is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        directory = storage / experiment.name / f"{stamp}-{experiment.fingerprint[:6]}"
+    else:
+        directory = Path(run_dir).resolve()
+    how = f"continue with: robustft resume {shlex.quote(str(directory))}"
+    try:
+        _describe(directory, experiment)
+        with _terminable():
+            yield directory
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; finished trials are kept; {how}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk of {storage} is full: free some space, then {how}"
+            raise ResourceError(message) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise ResourceError(
+                f"cannot write {error.filename or storage}: choose another folder with "
+                "--runtime.storage"
+            ) from error
+        raise
+    except BaseException:
+        log.info("the run stopped early; %s", how)
+        raise
+
+
+def _describe(directory: Path, experiment: Experiment) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    values = experiment_to_dict(experiment)
+    if not (directory / "config.yaml").is_file():
+        (directory / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
+    if not (directory / "run.json").is_file():
+        write_json(
+            directory / "run.json",
+            {
+                "run_id": directory.name,
+                "experiment": values,
+                "fingerprint": experiment.fingerprint,
+                "working_directory": str(Path.cwd()),
+                "command": outputs.command_line(sys.argv),
+                **outputs.provenance(),
+            },
+        )
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM (``ray job stop``) as Ctrl-C for the duration of a ``with`` block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

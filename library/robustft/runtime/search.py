@@ -1,0 +1,297 @@
+"""Ray Tune: search spaces over a method's config, trials, and resuming them.
+
+A trial of one process is a Tune function trial whose process is reused by the next trial, so that
+Python and torch start once per CPU and not once per trial. A trial of several processes holds no
+CPU itself and drives a Ray Train run; how many run at a time is computed here, since Tune does not
+see what the inner runs hold.
+"""
+
+import dataclasses
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robustft.config import from_dict, to_dict
+from robustft.errors import ConfigError, RobustftError, RunError
+from robustft.methods import Result
+from robustft.runtime.experiment import RuntimeConfig, SearchConfig
+from robustft.runtime.results import has_result, load_result, save_result
+from robustft.runtime.session import Session
+from robustft.runtime.trainer import Job, WorkerContext, fetched, run_job, train
+
+__all__ = ["Trial", "search", "trial_label"]
+
+log = logging.getLogger(__name__)
+
+DISTRIBUTIONS = ("uniform", "loguniform", "randint", "choice")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A finished or failed trial.
+
+    Args:
+        label: "modules=mrc-1 lr=0.001 seed=0"; unique in a search.
+        values: the searched fields.
+        result: what the method returned; None if the trial failed.
+        error: why it failed, in a sentence; empty if it did not.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+    result: Result | None
+    error: str = ""
+
+
+def trial_label(values: Mapping[str, Any]) -> str:
+    """Return the searched values in one line."""
+    return " ".join(f"{name}={_short(value)}" for name, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def search(
+    job: Job,
+    config: SearchConfig,
+    runtime: RuntimeConfig,
+    session: Session,
+    *,
+    directory: Path,
+    cpus: int,
+) -> list[Trial]:
+    """Run every trial, or those that ``directory`` does not hold as finished yet.
+
+    Args:
+        job: the method with its base config; a trial replaces the searched fields.
+        config: what is varied.
+        runtime: workers per trial, GPUs, restarts.
+        session: the cluster.
+        directory: Tune's folder of this search; an interrupted one is continued.
+        cpus: of each worker of a trial.
+
+    Raises:
+        RunError: the search was interrupted, or every trial failed.
+    """
+    import ray
+    from ray import tune
+
+    workers = runtime.workers_per_trial
+    at_a_time = config.max_concurrent or _concurrency(session, workers, cpus, runtime)
+    settings = {"storage": str(directory / "train"), "cpus": cpus, "runtime": runtime}
+    if workers == 1:
+        trainable = tune.with_parameters(run_trial, job=job)
+        resources: Any = {"cpu": cpus, **({"gpu": runtime.gpus_per_worker} if job.gpu else {})}
+    else:
+        trainable = tune.with_parameters(drive_trial, job=job, settings=settings)
+        # A driver that held even 0.01 CPU could keep its own workers waiting for ever.
+        resources = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    trainable = tune.with_resources(trainable, resources)
+    path = directory / "tune"
+    if tune.Tuner.can_restore(str(path)):
+        log.info("continuing the search in %s", path)
+        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space(config, tune),
+            tune_config=tune.TuneConfig(
+                num_samples=config.num_samples,
+                max_concurrent_trials=at_a_time,
+                reuse_actors=workers == 1,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                **_strategy(config, tune),
+            ),
+            run_config=tune.RunConfig(
+                name=path.name,
+                storage_path=str(path.parent),
+                failure_config=tune.FailureConfig(max_failures=runtime.max_failures),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                verbose=0,
+            ),
+        )
+    grid = tuner.fit()
+    ray.get(ray.put(0))  # raises here, with a clear error, if the cluster has gone
+    return [_trial(one) for one in grid]
+
+
+def param_space(config: SearchConfig, tune: Any) -> dict[str, Any]:
+    """Return Tune's search space: grids, or distributions by name."""
+    space: dict[str, Any] = {}
+    for name, values in config.space.items():
+        if isinstance(values, Mapping):
+            ((kind, limits),) = values.items()
+            if kind not in DISTRIBUTIONS:
+                raise ConfigError(
+                    f"search.space.{name}: unknown distribution {kind!r}; "
+                    f"known: {', '.join(DISTRIBUTIONS)}"
+                )
+            space[name] = (
+                tune.choice(list(limits)) if kind == "choice" else (getattr(tune, kind)(*limits))
+            )
+        elif config.algorithm == "grid":
+            space[name] = tune.grid_search(list(values))
+        else:
+            space[name] = tune.choice(list(values))
+    return space
+
+
+def _strategy(config: SearchConfig, tune: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if config.algorithm == "optuna":
+        try:
+            from ray.tune.search.optuna import OptunaSearch
+
+            options["search_alg"] = OptunaSearch(metric=config.metric, mode="max", seed=config.seed)
+        except ImportError as error:
+            message = "search.algorithm optuna needs the extra: pip install 'robustft[search]'"
+            raise ConfigError(message) from error
+    elif config.algorithm == "random":
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        options["search_alg"] = BasicVariantGenerator(random_state=config.seed)
+    if config.scheduler == "asha":
+        from ray.tune.schedulers import ASHAScheduler
+
+        options["scheduler"] = ASHAScheduler(time_attr="step", metric=config.metric, mode="max")
+    return options
+
+
+def _concurrency(session: Session, workers: int, cpus: int, runtime: RuntimeConfig) -> int:
+    by_cpu = session.num_cpus // (workers * cpus)
+    if runtime.gpus_per_worker:
+        by_gpu = int(session.num_gpus / (workers * runtime.gpus_per_worker))
+        return max(1, min(by_cpu, by_gpu))
+    return max(1, by_cpu)
+
+
+def run_trial(values: Mapping[str, Any], job: Job) -> None:
+    """A trial in one process: Tune calls it in a process that the next trial may reuse."""
+    from ray import tune
+
+    def save(record: dict[str, Any], folder: Path | None) -> None:
+        checkpoint = tune.Checkpoint.from_directory(str(folder)) if folder else None
+        tune.report(record, checkpoint=checkpoint)
+
+    def run(own: Job) -> Result:
+        own = fetched(own)
+        return run_job(own, WorkerContext(own, save=save, restore=_tune_checkpoint))
+
+    _guarded(values, job, run)
+
+
+def _tune_checkpoint() -> Path | None:
+    from ray import tune
+
+    checkpoint = tune.get_checkpoint()
+    return Path(checkpoint.path) if checkpoint else None
+
+
+def drive_trial(values: Mapping[str, Any], job: Job, settings: Mapping[str, Any]) -> None:
+    """A trial of several processes: drives a Ray Train run named after the trial."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    runtime: RuntimeConfig = settings["runtime"]
+    name = f"trial-{tune.get_context().get_trial_id()}"
+
+    def run(own: Job) -> Result:
+        return train(
+            own,
+            name=name,
+            storage=Path(settings["storage"]),
+            workers=runtime.workers_per_trial,
+            cpus=settings["cpus"],
+            gpus=runtime.gpus_per_worker,
+            max_failures=runtime.max_failures,
+            callbacks=[TuneReportCallback()],
+        )
+
+    _guarded(values, job, run)
+
+
+def _guarded(values: Mapping[str, Any], job: Job, run: Any) -> None:
+    """Run a trial once, store its result with Tune, and turn errors of the trial into a mark.
+
+    What the user's configuration caused (a NaN loss, a field out of range) would happen again on
+    every restart, so it ends the trial; a killed process is Tune's to restart.
+    """
+    from ray import tune
+
+    earlier = _tune_checkpoint()
+    if earlier is not None and has_result(earlier):
+        return  # killed between its last report and its end
+    own = dataclasses.replace(job, config=with_values(job.config, values), run=trial_label(values))
+    event = {"stage": own.stage, "run": own.run}
+    own.send({"kind": "begin", **event, "values": dict(values)})
+    error = ""
+    with tempfile.TemporaryDirectory(prefix="robustft-") as folder:
+        try:
+            result = run(own)
+            save_result(result, Path(folder))
+            record = dict(result.metrics)
+        except RobustftError as failure:
+            error = f"{failure}"
+            record = {}
+            (Path(folder) / "error.json").write_text(json.dumps(error), encoding="utf-8")
+        own.send({"kind": "end", **event, "error": error, "metrics": record})
+        tune.report(
+            {**record, "finished": True, "failure": error},
+            checkpoint=tune.Checkpoint.from_directory(folder),
+        )
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return ``config`` with the searched fields replaced and checked."""
+    return from_dict(type(config), {**to_dict(config), **values})
+
+
+def _trial(one: Any) -> Trial:
+    values = dict(one.config or {})
+    label = trial_label(values)
+    failure = (one.metrics or {}).get("failure", "")
+    if one.error is not None:
+        lines = [line for line in str(one.error).splitlines() if line.strip()]
+        failure = lines[-1] if lines else type(one.error).__name__
+    if failure:
+        return Trial(label=label, values=values, result=None, error=failure)
+    if one.checkpoint is None or not (one.metrics or {}).get("finished"):
+        return Trial(label=label, values=values, result=None, error="not finished")
+    with one.checkpoint.as_directory() as folder:
+        return Trial(label=label, values=values, result=load_result(Path(folder)))
+
+
+def choose(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """Return the trials of the best configuration: one per seed.
+
+    Trials that differ only in ``seed`` are one configuration, judged by the mean of ``metric`` on
+    the selection split; ties go to the configuration that was named first. A configuration of
+    which a seed failed is only considered if no other is complete.
+
+    Raises:
+        RunError: no trial finished.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {name: value for name, value in trial.values.items() if name != "seed"}
+        groups.setdefault(trial_label(rest), []).append(trial)
+    finished = [
+        (all(t.result for t in group), [t for t in group if t.result]) for group in groups.values()
+    ]
+    candidates = [group for complete, group in finished if complete and group]
+    candidates = candidates or [group for _, group in finished if group]
+    if not candidates:
+        reasons = "; ".join(sorted({trial.error for trial in trials}))
+        raise RunError(f"all {len(trials)} trials failed: {reasons}")
+
+    def score(group: Sequence[Trial]) -> float:
+        values = [t.result.metrics[metric] for t in group if t.result is not None]
+        return sum(values) / len(values)
+
+    return max(candidates, key=score)

@@ -1,0 +1,193 @@
+"""Connect to Ray: embedded on this machine, or the cluster that an address names.
+
+An embedded Ray listens on the loopback interface only. Workers get the driver's robustft, whether
+that is an installed package, a checkout, or the working directory that a Ray job has shipped.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import robustft
+from robustft.errors import ResourceError
+from robustft.runtime.experiment import RuntimeConfig
+
+__all__ = [
+    "Session",
+    "connect",
+    "in_ray_job",
+    "ray_address",
+    "set_environment",
+    "source_root",
+    "storage_root",
+]
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    # Ray switches token authentication on by itself unless told; on loopback we do not need it.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # How fast Ray Train notices reports and deaths; the default of 2 s is long for small runs.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Results are read from our own tables; Tune need not write CSV and TensorBoard files as well.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Despite its name, "0" is what makes Ray bind every port to the loopback interface."""
+EMBEDDED_ENVIRONMENT = {
+    LOOPBACK_VARIABLE: "0",
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    # Workers of one stage wait for the next one instead of starting Python and torch again.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Session:
+    """A connection to Ray.
+
+    Args:
+        embedded: True if this process started the Ray that it uses.
+        num_cpus, num_gpus: of the whole cluster when the session began.
+        largest_node_cpus: CPUs of the largest node: the most that one worker can have.
+    """
+
+    embedded: bool
+    num_cpus: int
+    num_gpus: float
+    largest_node_cpus: int
+
+    def require(self, workers: int, *, cpus: int, gpus: float, growing: bool) -> None:
+        """Refuse what the cluster can never offer; Ray itself would wait for ever.
+
+        Raises:
+            ResourceError: naming what is asked, what there is, and what to change.
+        """
+        if growing:
+            return
+        if workers * cpus > self.num_cpus or cpus > self.largest_node_cpus:
+            raise ResourceError(
+                f"the run asks for {workers} workers with {cpus} CPUs each and the cluster has "
+                f"{self.num_cpus} CPUs (at most {self.largest_node_cpus} on a node): lower the "
+                "workers or runtime.cpus_per_worker, or set runtime.autoscaling if it will grow"
+            )
+        if workers * gpus > self.num_gpus:
+            raise ResourceError(
+                f"the run asks for {workers} workers with {gpus:g} GPUs each and the cluster has "
+                f"{self.num_gpus:g} GPUs: lower the workers or runtime.gpus_per_worker, "
+                "or set runtime.autoscaling if it will grow"
+            )
+
+
+def in_ray_job() -> bool:
+    """Return True in the driver of ``ray job submit``."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def storage_root(runtime: RuntimeConfig) -> Path:
+    """Return the folder of all runs: ``runtime.storage``, $ROBUSTFT_STORAGE, or a default."""
+    configured = runtime.storage or os.environ.get("ROBUSTFT_STORAGE")
+    if configured:
+        return Path(configured).expanduser().resolve()
+    if in_ray_job():
+        # A job's working directory is a temporary copy: results there would vanish with it.
+        home = os.environ.get("ROBUSTFT_HOME", "~/.robustft")
+        return Path(home).expanduser().resolve() / "runs"
+    return Path("runs").resolve()
+
+
+def source_root() -> Path | None:
+    """Return the folder to put on workers' PYTHONPATH, or None for an installed package."""
+    root = Path(robustft.__file__).resolve().parents[1]
+    return root if (root.parent / "pyproject.toml").is_file() else None
+
+
+def ray_address(runtime: RuntimeConfig) -> str | None:
+    """Return the cluster's address, or None for an embedded Ray."""
+    return runtime.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def set_environment(runtime: RuntimeConfig) -> None:
+    """Set what Ray reads when it is imported; MLflow imports it too, so call this first."""
+    variables = dict(ENVIRONMENT)
+    if ray_address(runtime) is None:
+        variables |= EMBEDDED_ENVIRONMENT
+        if "ray" in sys.modules and LOOPBACK_VARIABLE not in os.environ:
+            log.warning(
+                "ray was imported before robustft: the embedded Ray may listen on other "
+                "interfaces than loopback"
+            )
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def connect(runtime: RuntimeConfig) -> Iterator[Session]:
+    """Connect to Ray for the duration of a ``with`` block; an embedded Ray stops at its end.
+
+    Raises:
+        ResourceError: an address is given and nothing answers there.
+    """
+    address = ray_address(runtime)
+    embedded = address is None
+    set_environment(runtime)
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        _init(ray, address)
+    try:
+        yield _describe(ray, embedded=embedded and started_here)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _init(ray: Any, address: str | None) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    root = source_root()
+    if root is not None and "PYTHONPATH" not in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(root)}}
+    if address is None:
+        # Workers map the data; a cap keeps Ray from reserving 30 % of a laptop's memory.
+        memory = min(2 * 1024**3, int(0.2 * _total_memory()))
+        options |= {"include_dashboard": False, "object_store_memory": memory, "address": "local"}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise
+        raise ResourceError(
+            f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, "
+            "or unset RAY_ADDRESS to run embedded"
+        ) from error
+
+
+def _describe(ray: Any, *, embedded: bool) -> Session:
+    resources = ray.cluster_resources()
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return Session(
+        embedded=embedded,
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=float(resources.get("GPU", 0)),
+        largest_node_cpus=int(max(nodes, default=0)),
+    )
+
+
+def _total_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
