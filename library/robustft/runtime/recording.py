@@ -99,7 +99,6 @@ def log_finished(
         for name, value in summary["after"]["mean"].items()
         if not name.startswith("corruption/")
     }
-    tracker.log_metrics(parent, {f"test/{name}": v for name, v in numbers.items()}, step=0)
     if summary["before"] is not None:
         before = {f"start/{n}": v["accuracy"] for n, v in summary["before"].items() if n in numbers}
         change = {f"change/{n}": numbers[n] - summary["before"][n]["accuracy"] for n in numbers}
@@ -123,5 +122,6 @@ def log_finished(
         found.model_dir,
         name=f"{found.task.name}-{found.start.architecture}-{summary['method']}",
         tags=tags,
+        # These appear with the run as well, so they are not logged apart.
         metrics={f"test/{name}": value for name, value in numbers.items()},
     )

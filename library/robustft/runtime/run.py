@@ -251,6 +251,8 @@ def _run(
         after=after,
         model_dir=model_dir,
     )
+    # The report links to the MLflow run, which exists once the spool has been replayed so far.
+    tracker.flush(timeout=20)
     record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     summary, data, page = outputs.write(
         experiment,

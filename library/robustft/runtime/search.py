@@ -34,7 +34,7 @@ class Trial:
     """A finished or failed trial.
 
     Args:
-        label: "modules=mrc-1 lr=0.001 seed=0"; unique in a search.
+        label: "mrc-1 lr=0.001 seed=0"; unique in a search.
         values: the searched fields.
         result: what the method returned; None if the trial failed.
         error: why it failed, in a sentence; empty if it did not.
@@ -47,14 +47,16 @@ class Trial:
 
 
 def trial_label(values: Mapping[str, Any]) -> str:
-    """Return the searched values in one line."""
-    return " ".join(f"{name}={_short(value)}" for name, value in values.items())
+    """Return the searched values in one line; words ("mrc-1") need no field name."""
+    return " ".join(_short(name, value) for name, value in values.items())
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _short(name: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value))
+    if isinstance(value, str):
+        return value
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def search(

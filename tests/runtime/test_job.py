@@ -1,0 +1,137 @@
+"""The experiment as a Ray job: the literal command of the README gives the laptop's result."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what both the cluster and the laptop run have in common."""
+    folder = tmp_path_factory.mktemp("job")
+    variables = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "ROBUSTFT_HOME": str(folder / "home"),
+    }
+    for name in ("RAY_ADDRESS", "ROBUSTFT_STORAGE", "OMP_NUM_THREADS"):
+        variables.pop(name, None)
+    return variables
+
+
+@pytest.fixture(scope="module")
+def dashboard(environment: dict[str, str]) -> Iterator[str]:
+    """Start a head node on loopback for this module and stop exactly what was started."""
+    port, client = free_port(), free_port()
+    address = f"http://127.0.0.1:{port}"
+    head = subprocess.Popen(
+        [
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            f"--port={client}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={port}",
+            "--ray-client-server-port=0",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert head.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "the dashboard did not answer in 90 s"
+            try:
+                with urllib.request.urlopen(f"{address}/api/version", timeout=2) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        tree = psutil.Process(head.pid).children(recursive=True)
+        head.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs([psutil.Process(head.pid), *tree], timeout=20)
+        for process in alive:
+            process.kill()
+        head.wait(timeout=20)
+
+
+def summary_of(storage: Path) -> dict[str, object]:
+    (path,) = storage.glob("*/*/summary.json")
+    loaded: dict[str, object] = json.loads(path.read_text())
+    return loaded
+
+
+def test_the_job_gives_the_same_result_as_the_local_run(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    script = "experiments/rift_sweep.py"
+    submitted = subprocess.run(
+        [
+            str(BIN / "ray"),
+            "job",
+            "submit",
+            *("--address", dashboard, "--working-dir", "."),
+            *("--", "python", script),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    # A job writes to ROBUSTFT_HOME, since its working directory is a temporary copy.
+    job = summary_of(Path(environment["ROBUSTFT_HOME"]) / "runs")
+
+    local_environment = {
+        **environment,
+        "ROBUSTFT_HOME": str(tmp_path / "home"),
+        "ROBUSTFT_STORAGE": str(tmp_path / "runs"),
+    }
+    local = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT,
+        env=local_environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert local.returncode == 0, local.stderr[-3000:]
+    alone = summary_of(tmp_path / "runs")
+    for name in ("chosen", "before", "after", "fingerprint"):
+        assert job[name] == alone[name], name

@@ -1,0 +1,244 @@
+"""Whole experiments on an embedded Ray: results, outputs, faults, resuming, data parallelism."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small import small_experiment
+
+from robustft.config import to_dict
+from robustft.errors import ConfigError, ResourceError
+from robustft.models import load_model_dir
+from robustft.runtime.experiment import dump_yaml, experiment_to_dict
+from robustft.runtime.results import has_result, load_result
+from robustft.runtime.run import Report, rank_layers, resume, run
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(storage: Path) -> Report:
+    """One undisturbed sweep of four trials, which the tests below read or compare with."""
+    return run(small_experiment(storage))
+
+
+def trial_results(directory: Path) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+    """Return trial values (as JSON) -> (result file, weights) of every finished trial."""
+    found = {}
+    for params in sorted(directory.glob("search/tune/*/params.json")):
+        for checkpoint in params.parent.glob("checkpoint_*"):
+            if has_result(checkpoint):
+                values = json.dumps(json.loads(params.read_text()), sort_keys=True)
+                state = load_result(checkpoint).state
+                found[values] = (checkpoint / "result.json", dict(state))
+    return found
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_sweep_leaves_everything_that_is_promised(finished: Report) -> None:
+    directory = finished.directory
+    for name in ("config.yaml", "summary.json", "trials.parquet", "curves.parquet", "report.html"):
+        assert (directory / name).stat().st_size > 0, name
+    assert list(directory.glob("plots/*.png"))
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(finished.summary))
+    assert set(summary["after"]["mean"]) >= {"clean", "Linf/pgd", "Linf/apgd", "corruptions"}
+    assert 0 <= summary["overhead"]["share"] <= 1
+    trials = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert len(trials) == 4
+    assert sum(row["chosen"] for row in trials) == 1
+    best = max(trials, key=lambda row: row["val/clean"])
+    assert next(row for row in trials if row["chosen"])["val/clean"] == best["val/clean"]
+    curves = pq.read_table(directory / "curves.parquet").to_pylist()
+    assert {row["alpha"] for row in curves if row["table"] == "interpolation"} == {0.0, 0.5, 1.0}
+
+
+def test_the_saved_model_is_the_reported_one(finished: Report) -> None:
+    start, card = load_model_dir(finished.directory / "model")
+    assert start.state is not None
+    assert card["threat_models"] == [{"norm": "Linf", "eps": 0.1}]
+    assert card["leaky"] is False
+    assert card["metrics"]["test/clean"] == finished.summary["after"]["mean"]["clean"]
+    weights = [state for _, state in trial_results(finished.directory).values()]
+    assert any(same_weights(dict(start.state), state) for state in weights)
+
+
+def test_mlflow_has_parent_stages_trials_and_the_registered_model(
+    finished: Report, storage: Path
+) -> None:
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        runs = database.execute("SELECT run_uuid, name, status FROM runs").fetchall()
+        children = database.execute(
+            "SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'"
+        ).fetchone()[0]
+        metrics = {row[0] for row in database.execute("SELECT DISTINCT key FROM metrics")}
+        registered = database.execute("SELECT COUNT(*) FROM model_versions").fetchone()[0]
+        inputs = database.execute("SELECT digest FROM datasets").fetchall()
+    assert finished.directory.name in {name for _, name, _ in runs}
+    assert {status for *_, status in runs} == {"FINISHED"}
+    assert children >= 5
+    assert {"val/clean", "val/robust", "train/loss", "test/clean"} <= metrics
+    assert any(name.startswith("mrc/") for name in metrics)
+    assert registered == 1
+    assert inputs
+
+
+def test_finished_work_is_not_done_again(finished: Report) -> None:
+    files = {path: path.stat().st_mtime_ns for path, _ in trial_results(finished.directory).values()}
+    again = resume(finished.directory)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert again.summary["after"] == finished.summary["after"]
+    assert again.summary["chosen"] == finished.summary["chosen"]
+
+
+def test_resume_says_what_a_run_folder_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        resume(tmp_path)
+
+
+def kill_once(name: str, ready: Path, pattern: str, killed: list[int]) -> None:
+    """Kill one Ray process called ``name`` as soon as ``pattern`` matches below ``ready``."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if any(ready.glob(pattern)):
+            for process in psutil.Process().children(recursive=True):
+                if name in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_a_killed_trial_ends_with_the_undisturbed_weights(storage: Path, tmp_path: Path) -> None:
+    space = {"modules": ["mrc-1"], "lr": [0.01]}
+    # Long enough to be killed between its first checkpoint and its end.
+    method = {**to_dict(small_experiment(storage).method), "name": "rift", "epochs": 30}
+    calm = run(small_experiment(storage, name="calm", method=method, search={"space": space}))
+    killed: list[int] = []
+    directory = tmp_path / "disturbed"
+    killer = threading.Thread(
+        target=kill_once,
+        args=("ray::ImplicitFunc", directory, "search/tune/*/checkpoint_*", killed),
+    )
+    killer.start()
+    disturbed = run(
+        small_experiment(storage, name="disturbed", method=method, search={"space": space}),
+        run_dir=directory,
+    )
+    killer.join()
+    assert killed
+    ((_, calm_state),) = trial_results(calm.directory).values()
+    ((_, state),) = trial_results(disturbed.directory).values()
+    assert same_weights(calm_state, state)
+    assert disturbed.summary["after"] == calm.summary["after"]
+
+
+def test_a_killed_driver_resumes_without_repeating_trials(
+    finished: Report, storage: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "killed"
+    config = tmp_path / "small.yaml"
+    config.write_text(dump_yaml(experiment_to_dict(small_experiment(storage))))
+    script = (
+        "import sys; from robustft.runtime.experiment import load_experiment; "
+        "from robustft.runtime.run import run; run(load_experiment(sys.argv[1]), run_dir=sys.argv[2])"
+    )
+    # One trial at a time, so that some are finished and some are not when the driver dies.
+    config.write_text(config.read_text().replace("max_concurrent: null", "max_concurrent: 1"))
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", script, str(config), str(directory)], stdout=log, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while not trial_results(directory) and time.monotonic() < deadline:
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        finally:
+            tree = [driver, *psutil.Process(driver.pid).children(recursive=True)]
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+    psutil.wait_procs(tree[1:], timeout=30)
+    before = {values: path.stat().st_mtime_ns for values, (path, _) in trial_results(directory).items()}
+    assert 1 <= len(before) < 4
+    report = resume(directory)
+    after = trial_results(directory)
+    assert len(after) == 4
+    assert {values: after[values][0].stat().st_mtime_ns for values in before} == before
+    undisturbed = trial_results(finished.directory)
+    assert all(same_weights(after[values][1], undisturbed[values][1]) for values in undisturbed)
+    assert report.summary["after"] == finished.summary["after"]
+
+
+def test_two_workers_per_trial_equal_one(finished: Report, storage: Path) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two CPUs")
+    space = {"modules": ["mrc-1"], "lr": [0.01]}
+    parallel = run(
+        small_experiment(
+            storage,
+            name="parallel",
+            search={"space": space},
+            runtime={"workers_per_trial": 2},
+        )
+    )
+    values = json.dumps({"lr": 0.01, "modules": "mrc-1"}, sort_keys=True)
+    _, alone = trial_results(finished.directory)[values]
+    _, together = trial_results(parallel.directory)[values]
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(storage: Path) -> None:
+    space = {"modules": ["all"], "lr": [1e30, 0.001]}
+    report = run(small_experiment(storage, name="diverging", search={"space": space}))
+    rows = pq.read_table(report.directory / "trials.parquet").to_pylist()
+    by_lr = {row["lr"]: row for row in rows}
+    assert "lower" in by_lr[1e30]["error"] or "loss" in by_lr[1e30]["error"]
+    assert by_lr[0.001]["chosen"]
+    assert not by_lr[1e30]["chosen"]
+
+
+def test_more_workers_than_the_cluster_has_are_refused(storage: Path) -> None:
+    experiment = small_experiment(storage, runtime={"workers_per_trial": 999})
+    with pytest.raises(ResourceError, match="999 workers"):
+        run(experiment)
+
+
+def test_an_unreachable_mlflow_does_not_stop_a_run(storage: Path, tmp_path: Path) -> None:
+    experiment = small_experiment(
+        storage,
+        search={"space": {}},
+        runtime={"tracking_uri": "http://127.0.0.1:9", "storage": str(tmp_path)},
+    )
+    report = run(experiment)
+    assert report.summary["after"]["mean"]["clean"] > 0
+    assert any(report.directory.glob("tracking/*.jsonl"))
+
+
+def test_ranking_layers_fans_out_and_equals_the_local_ranking(storage: Path) -> None:
+    rows = rank_layers(small_experiment(storage))
+    values = [row["criticality"] for row in rows]
+    assert values == sorted(values)
+    assert min(values) >= 0
+    assert len({row["layer"] for row in rows}) == len(rows) > 5
