@@ -180,8 +180,9 @@ class MomentumRule:
         self.low = (self.inputs - self.threat.eps).clamp(min=0)
         self.high = (self.inputs + self.threat.eps).clamp(max=1)
         self.checks = check_steps(num_steps)
-        per_sample = torch.ones_like(first_loss).view(-1, *[1] * (self.inputs.ndim - 1))
-        self.step_sizes = per_sample * (FIRST_STEP * self.threat.eps)
+        # In the inputs' precision: the losses may come from a model that computes in another.
+        one_per_sample = (len(first_loss), *[1] * (self.inputs.ndim - 1))
+        self.step_sizes = self.inputs.new_full(one_per_sample, FIRST_STEP * self.threat.eps)
         self.last_loss = torch.zeros_like(first_loss) if first_check_compat else first_loss
         self.increases = torch.zeros_like(first_loss)
         self.best_at_check = first_loss

@@ -55,6 +55,7 @@ def over_restarts(
         given = None if start is None or restart > 0 else start[rows]
         part = problem if whole else problem.take(rows)
         new_points, new_robust, new_loss = run(part, restart, given)
+        loss = loss.to(new_loss.dtype)  # A model may compute in another precision than its inputs.
         better = new_loss > loss[rows]
         if not everywhere:
             better = better | ~new_robust

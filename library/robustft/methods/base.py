@@ -47,6 +47,8 @@ class Method:
             where ``context.map`` fans out; trials find its value in ``context.prepared``.
         prepare_fields: names of the config fields that ``prepare`` depends on; a search may not
             vary them.
+        needs_start: True if it repairs a trained (robust) model and must not begin from fresh
+            weights.
     """
 
     name: str
@@ -55,3 +57,4 @@ class Method:
     paper: str
     prepare: Callable[[Any, RunContext], Mapping[str, Any]] | None = None
     prepare_fields: tuple[str, ...] = ()
+    needs_start: bool = False

@@ -70,7 +70,7 @@ class SearchConfig:
             )
         if self.algorithm == "grid":
             for name, values in self.space.items():
-                if isinstance(values, (str, Mapping)) or not values:
+                if not isinstance(values, (list, tuple)) or not values:
                     raise ConfigError(
                         f"search.space.{name} must be a list of values for a grid, got {values!r}"
                     )

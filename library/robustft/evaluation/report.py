@@ -1,0 +1,299 @@
+"""The report of a run: one self-contained HTML page and its figures as PNG files.
+
+The page needs no network and no JavaScript (which only adds sorting, tooltips and a copy button).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import yaml
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from robustft.config import to_dict
+from robustft.errors import ResourceError
+from robustft.evaluation import plots
+from robustft.evaluation.drawing import THEME
+from robustft.evaluation.summary import (
+    Estimate,
+    ReportData,
+    Stage,
+    SummaryRow,
+    Verdict,
+    console_table,
+    duration,
+    facts,
+    interval_text,
+    percent,
+    points,
+    summary_lines,
+    summary_row,
+    verdict,
+    write_summary,
+)
+
+__all__ = [
+    "Estimate",
+    "ReportData",
+    "Stage",
+    "SummaryRow",
+    "Verdict",
+    "console_table",
+    "summary_lines",
+    "summary_row",
+    "verdict",
+    "write_report",
+    "write_summary",
+]
+
+Row = Mapping[str, Any]
+
+MINUS = "\u2212"
+HIDDEN = ("label", "chosen")
+"""Columns that the page shows in another form."""
+NO_PARAMETERS = ("trial", "seed", "alpha", "epoch", "status", "seconds", "modules", *HIDDEN)
+"""Trial columns that do not say what was tried."""
+
+
+class Cell(NamedTuple):
+    """Text of a table's cell, and what it sorts by (text, or a number as text)."""
+
+    text: str
+    order: str
+
+
+class Grid(NamedTuple):
+    """A table of the page.
+
+    Args:
+        columns: (header, whether it holds numbers).
+        rows: (whether it was chosen, cells).
+        common: columns in which all rows agree, as text.
+    """
+
+    columns: list[tuple[str, bool]]
+    rows: list[tuple[bool, list[Cell]]]
+    common: str
+
+
+class Panel(NamedTuple):
+    """A figure of the page.
+
+    Args:
+        name: of its file.
+        figure: drawn.
+        alt: what it shows, for those who do not see it.
+        caption: how to read it.
+        table: its numbers, or None if they stand elsewhere on the page.
+        affected: whether a leaky selection makes its numbers too good.
+    """
+
+    name: str
+    figure: Figure
+    alt: str
+    caption: str
+    table: Grid | None
+    affected: bool = False
+
+
+def write_report(directory: str | Path, data: ReportData) -> Path:
+    """Write ``report.html`` and ``plots/*.png`` into ``directory`` and return the page's path.
+
+    Raises:
+        ResourceError: a file cannot be written.
+    """
+    folder = Path(directory)
+    panels = [*_choice_panels(data), *_other_panels(data)]
+    inline = plots.save_figures({panel.name: panel.figure for panel in panels}, folder / "plots")
+    page = _template().render(
+        data=data,
+        theme=[(name, light, dark) for light, (name, dark) in THEME.items()],
+        verdict=verdict(data),
+        interval=f"{100 * data.confidence:g} %",
+        facts=facts(data),
+        panels=panels,
+        # Our own drawing: every text in it has become outlines or an escaped title.
+        drawings={name: Markup(svg) for name, svg in inline.items()},
+        trials=_grid(_trials(data), keep=("trial", "seed", "val/clean", "val/robust")),
+        total_seconds=sum(stage.seconds for stage in data.stages),
+        config=yaml.safe_dump(to_dict(data.config), sort_keys=False, width=88),
+        link=data.tracking_url if re.match(r"https?://", data.tracking_url or "") else None,
+    )
+    path = folder / "report.html"
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write {path} ({error.strerror}): make room or choose another folder"
+        ) from error
+    return path
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "duration": duration,
+        "interval": interval_text,
+        "minus": _minus,
+    }
+    return environment.get_template("report.html.j2")
+
+
+def _choice_panels(data: ReportData) -> Iterator[Panel]:
+    """Yield the figures that show how the choice was made."""
+    ours = [row for row in data.interpolation if _ours(row, data)]
+    start = next(((row["clean"], row["robust"]) for row in ours if row["alpha"] == 0), None)
+    if ours and "alpha" in data.chosen:
+        yield Panel(
+            "interpolation",
+            plots.interpolation_curve(
+                data.interpolation,
+                alpha=data.chosen["alpha"],
+                tolerance=data.tolerance,
+                trial=data.trial,
+            ),
+            "clean and robust accuracy against the interpolation weight alpha",
+            f"Measured on {data.selection_split}. Among the points whose robust accuracy is not "
+            "below the dotted line, the one with the highest clean accuracy is taken.",
+            _grid(ours, keep=("alpha", "clean", "robust")),
+            affected=True,
+        )
+    finished = [row for row in _trials(data) if _finite(row, "val/clean", "val/robust")]
+    if finished:
+        named = [{**row, "label": row.get("label", _label(row, data.trials))} for row in finished]
+        yield Panel(
+            "trials",
+            plots.trial_plane(
+                named, start=start, tolerance=data.tolerance, curves=data.interpolation
+            ),
+            "trials in the plane of clean and robust accuracy",
+            f"Each dot is a finished trial on {data.selection_split}: right is more accurate, up "
+            "is more robust. Thin lines lead from the start to the fine-tuned weights; the chosen "
+            "trial's is green.",
+            None,
+            affected=True,
+        )
+
+
+def _other_panels(data: ReportData) -> Iterator[Panel]:
+    if data.criticality:
+        yield Panel(
+            "criticality",
+            plots.criticality_bars(data.criticality),
+            "robust criticality of every layer",
+            "How much the loss on stored adversarial images can be made to grow by moving one "
+            "layer's weights a little; right, by how much accuracy on them then drops. A short "
+            "bar suggests that the layer can be fine-tuned with little harm to robustness.",
+            _grid(data.criticality, keep=("layer", "criticality", "accuracy_drop")),
+        )
+    if data.corruptions:
+        yield Panel(
+            "corruptions",
+            plots.corruption_bars(data.corruptions),
+            "accuracy under common corruptions before and after",
+            f"Accuracy on corrupted {data.report_split} images: where the filled dot is right of "
+            "the hollow one, the result is better than the start. Changes are in points.",
+            _grid(data.corruptions, keep=("corruption", "before", "after")),
+            affected=True,
+        )
+    if data.epochs:
+        shown = [row for row in data.epochs if row.get("trial") is None or _ours(row, data)]
+        yield Panel(
+            "training",
+            plots.training_curves(data.epochs, trial=data.trial),
+            "loss and accuracy against the epoch",
+            "Bold: the chosen trial. Dashed: accuracy on training batches, which is not "
+            "comparable to the solid lines on held-out images.",
+            _grid(shown, keep=("stage", "epoch")),
+        )
+
+
+def _trials(data: ReportData) -> list[Row]:
+    """Return the trials with the chosen one marked."""
+    return [
+        {**row, "chosen": bool(row.get("chosen")) or (data.trial is not None and _ours(row, data))}
+        for row in data.trials
+    ]
+
+
+def _minus(text: str) -> str:
+    """Give negative numbers a true minus; hyphens in names stay."""
+    return re.sub(r"(?<![\w.\-])-(?=[\d.])", MINUS, text)
+
+
+def _grid(rows: Sequence[Row], keep: Sequence[str] = ()) -> Grid:
+    """Lay rows out as a table; columns in which all agree become one line below it."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    names = [name for name in names if name not in HIDDEN]
+    alike = [
+        name
+        for name in names
+        if len(rows) > 1 and name not in keep and len({repr(row.get(name)) for row in rows}) == 1
+    ]
+    shown = [name for name in names if name not in alike]
+    columns = []
+    for name in shown:
+        number = all(_number(row.get(name)) or row.get(name) is None for row in rows)
+        columns.append((_header(name), number))
+    cells = [
+        (bool(row.get("chosen")), [_cell(name, row.get(name)) for name in shown]) for row in rows
+    ]
+    common = ", ".join(f"{_header(name)} {_cell(name, rows[0].get(name)).text}" for name in alike)
+    return Grid(columns, cells, common)
+
+
+def _header(name: str) -> str:
+    text = name.replace("_", " ")
+    if re.search(plots.ACCURACY, name) or name in ("before", "after"):
+        return f"{text} (%)"
+    units = {"criticality": " (nats)", "accuracy_drop": " (points)", "seconds": " (s)"}
+    return text + units.get(name, "")
+
+
+def _cell(name: str, value: Any) -> Cell:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return Cell("-", "")
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no", str(int(value)))
+    if not _number(value):
+        return Cell(str(value), str(value))
+    if _header(name).endswith("(%)"):
+        return Cell(percent(value), repr(value))
+    if name in ("seconds", "accuracy_drop"):
+        return Cell(f"{value:.1f}", repr(value))
+    return Cell(f"{value:.4g}" if isinstance(value, float) else str(value), repr(value))
+
+
+def _ours(row: Row, data: ReportData) -> bool:
+    return data.trial is None or str(row.get("trial")) == data.trial
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite(row: Row, *names: str) -> bool:
+    return all(_number(row.get(name)) and math.isfinite(row[name]) for name in names)
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """Name a trial by what varied: "layer2.1.conv2, lr 0.001"."""
+    parts = []
+    for name, value in row.items():
+        varied = len({repr(other.get(name)) for other in rows}) > 1
+        if "/" in name or name in NO_PARAMETERS or not varied:
+            continue
+        parts.append(f"{name} {value:g}" if isinstance(value, float) else str(value))
+    return ", ".join(parts) or str(row.get("trial", ""))

@@ -1,0 +1,84 @@
+"""Optimisers from a configuration; a choice that every method shares."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from robustft.errors import ConfigError
+from robustft.training.checks import require_choice, require_range
+from robustft.training.schedules import ScheduleConfig, lr_factor
+
+__all__ = ["OptimizerConfig", "build_optimizer", "set_lr"]
+
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Which optimiser; its learning rate is a field of the method, where searches look for it."""
+
+    name: OptimizerName = "sgd"
+    """"sgd", "adam", "adamw" or "rmsprop"."""
+    momentum: float = 0.9
+    """Of "sgd" and "rmsprop", in [0, 1)."""
+    nesterov: bool = False
+    """Nesterov's momentum; only for "sgd" with momentum > 0."""
+    weight_decay: float = 5e-4
+    """>= 0. Adds weight_decay * w to the gradient ("adamw": decoupled)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of "adam" and "adamw", each in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        require_choice(self, "name", OptimizerName)
+        require_range(self, 0, 1, "momentum", open_high=True)
+        require_range(self, 0, math.inf, "weight_decay")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas = {self.betas!r}: each must be a number >= 0 and < 1")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ConfigError("nesterov = True: needs name = 'sgd' and momentum > 0")
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, lr: float
+) -> torch.optim.Optimizer:
+    """Return an optimiser over those of ``parameters`` that require a gradient.
+
+    Raises:
+        ConfigError: no parameter is trainable.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter is trainable: choose a module that has weights")
+    decay = config.weight_decay
+    if config.name == "adam":
+        return torch.optim.Adam(trainable, lr=lr, betas=config.betas, weight_decay=decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(trainable, lr=lr, betas=config.betas, weight_decay=decay)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(trainable, lr=lr, momentum=config.momentum, weight_decay=decay)
+    return torch.optim.SGD(
+        trainable,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=decay,
+    )
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer,
+    schedule: ScheduleConfig,
+    *,
+    lr: float,
+    epoch: float,
+    num_epochs: int,
+) -> float:
+    """Set the learning rate for the coming step and return it; ``epoch`` is fractional."""
+    current = lr * lr_factor(schedule, epoch, num_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = current
+    return current

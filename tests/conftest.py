@@ -1,0 +1,37 @@
+"""What every test stands on: its own home and storage, one torch thread, a restored environment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def robustft_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Send caches and runs to a temporary folder; forget the user's cluster and tracking server."""
+    before = dict(os.environ)
+    folder = tmp_path_factory.mktemp("robustft")
+    os.environ["ROBUSTFT_HOME"] = str(folder / "home")
+    os.environ["ROBUSTFT_STORAGE"] = str(folder / "runs")
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ROBUSTFT_DEBUG"):
+        os.environ.pop(name, None)
+    yield folder
+    _restore(before)
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(robustft_folders: Path) -> Iterator[None]:
+    """Undo what a test did to the environment variables."""
+    before = dict(os.environ)
+    yield
+    _restore(before)
+
+
+def _restore(variables: dict[str, str]) -> None:
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)

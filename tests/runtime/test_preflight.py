@@ -1,0 +1,216 @@
+"""Preflight: every kind of mistake is found, named with its remedy, and nothing else is."""
+
+import dataclasses
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustft.models import Start, save_model
+from robustft.runtime import preflight
+from robustft.runtime.experiment import Experiment, experiment_from_dict, load_experiment
+from robustft.runtime.preflight import Finding, validate
+
+AT = {"name": "at", "epochs": 1}
+
+
+def experiment(**changes: Any) -> Experiment:
+    values: dict[str, Any] = {
+        "name": "mine",
+        "start": {"method": AT},
+        "method": {"name": "rift"},
+        "task": {"limit_train": 20, "limit_val": 20, "limit_test": 20},
+    }
+    return experiment_from_dict({**values, **changes})
+
+
+def texts(found: list[Finding], level: str = "error") -> str:
+    return "\n".join(finding.text for finding in found if finding.level == level)
+
+
+def test_a_good_experiment_has_no_findings(tmp_path: Path) -> None:
+    storage = tmp_path / "not" / "there" / "yet"
+    good = experiment(runtime={"storage": str(storage)})
+    assert validate(good) == []
+    assert not storage.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_presets_are_ready_to_run() -> None:
+    for name in ("at-embedded", "rift-embedded", "trades-embedded"):
+        assert texts(validate(load_experiment(name))) == ""
+
+
+def test_data_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
+    found = validate(experiment(task={"data": "cifar10", "root": str(tmp_path)}))
+    assert "put cifar-10-python.tar.gz" in texts(found)
+    assert str(tmp_path) in texts(found)
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    found = validate(experiment(start={"model": "resnet81", "method": AT}))
+    assert "'resnet81': did you mean 'resnet18'" in texts(found)
+
+
+def test_fine_tuning_needs_a_start() -> None:
+    found = validate(experiment(start={"model": "small_resnet"}))
+    assert "give start.checkpoint, or start.method" in texts(found)
+    assert texts(validate(experiment(start={"model": "small_resnet"}, method=AT))) == ""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    start = Start(
+        architecture="small_resnet",
+        num_classes=10,
+        image_shape=(1, 28, 28),
+        mean=(0.286,),
+        std=(0.353,),
+    )
+    save_model(tmp_path / "model", start=start, state=start.build().state_dict(), card={})
+    return tmp_path / "model" / "model.safetensors"
+
+
+def test_a_checkpoint_must_be_whole_and_fit(checkpoint: Path, tmp_path: Path) -> None:
+    def found(**start: str) -> str:
+        return texts(validate(experiment(start=start)))
+
+    assert found(model="small_resnet", checkpoint=str(checkpoint)) == ""
+    assert found(model="resnet18", checkpoint=str(checkpoint)) != ""
+    assert "nowhere.pt" in found(model="small_resnet", checkpoint=str(tmp_path / "nowhere.pt"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert str(checkpoint) in found(model="small_resnet", checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("modules", "sentence"),
+    [
+        ("conv11", "unknown layer 'conv11': did you mean 'conv1'"),
+        ("mrc-99", "only 10 layers are eligible"),
+        ("top-11", "only 10 layers are eligible"),
+        ("layer1.0.conv1,lineer", "did you mean 'linear'"),
+    ],
+)
+def test_layers_are_checked_against_the_architecture(modules: str, sentence: str) -> None:
+    assert sentence in texts(validate(experiment(method={"name": "rift", "modules": modules})))
+    searched = experiment(search={"space": {"modules": ["mrc-1", modules], "lr": [0.1]}})
+    assert sentence in texts(validate(searched))
+    fine = ["mrc-10", "top-10", "most-critical", "last", "all", "bn", "conv1,linear"]
+    assert validate(experiment(search={"space": {"modules": fine}})) == []
+
+
+def test_every_searched_value_is_checked() -> None:
+    found = validate(experiment(search={"space": {"lr": [0.1, -1, "x"], "epochs": [1, 0.5]}}))
+    assert "search.space: lr = -1" in texts(found)
+    assert "'x'" in texts(found)
+    assert "epochs must be a whole number" in texts(found)
+    space = {"lr": {"uniform": [-0.1, 0.1]}}
+    found = validate(experiment(search={"space": space, "algorithm": "random"}))
+    assert "lr = -0.1" in texts(found)
+
+
+def test_a_radius_without_meaning_is_a_warning() -> None:
+    for eps, sentence in ((0.5, "same grey"), (0, "no attack at all")):
+        threats = [{"norm": "Linf", "eps": eps}]
+        found = validate(experiment(task={"threat_models": threats, "limit_train": 20}))
+        assert sentence in texts(found, "warning")
+        assert texts(found) == ""
+
+
+def test_choosing_on_test_is_a_warning() -> None:
+    leaky = experiment(
+        task={"selection": "official", "limit_train": 20},
+        method={"name": "rift", "mrc_split": "test"},
+    )
+    assert "task.selection = official and method.mrc_split = test" in texts(
+        validate(leaky), "warning"
+    )
+
+
+def test_a_misspelt_metric_is_a_warning() -> None:
+    found = validate(experiment(search={"space": {"lr": [0.1]}, "metric": "val/claen"}))
+    assert "did you mean val/clean?" in texts(found, "warning")
+
+
+def test_storage_must_be_a_folder_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    found = validate(experiment(runtime={"storage": str(tmp_path / "file" / "runs")}))
+    assert "cannot write runs to" in texts(found)
+    assert "runtime.storage" in texts(found)
+
+
+@pytest.mark.parametrize(("free", "level"), [(2**20, "error"), (2**30, "warning")])
+def test_a_full_disk_is_found(free: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    assert "GiB left" in texts(validate(experiment()), level)
+
+
+@pytest.fixture
+def mlflow_answering(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Serve /health as MLflow does, with the status that the test asks for."""
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(request.param if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://me:secret@127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("mlflow_answering", [503], indirect=True)
+def test_mlflow_that_does_not_answer_is_a_warning_without_its_password(
+    mlflow_answering: str,
+) -> None:
+    found = validate(experiment(runtime={"tracking_uri": mlflow_answering}))
+    assert "does not answer" in texts(found, "warning")
+    assert "secret" not in texts(found, "warning")
+    assert texts(found) == ""
+    refused = validate(experiment(runtime={"tracking_uri": "http://127.0.0.1:1"}))
+    assert "does not answer" in texts(refused, "warning")
+
+
+@pytest.mark.parametrize("mlflow_answering", [200], indirect=True)
+def test_mlflow_that_answers_is_no_finding(mlflow_answering: str) -> None:
+    address = mlflow_answering.replace("me:secret@", "")
+    assert validate(experiment(runtime={"tracking_uri": address})) == []
+
+
+def test_more_workers_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 4)
+
+    def errors(**runtime: Any) -> str:
+        return texts(validate(experiment(runtime=runtime)))
+
+    assert errors(workers=4) == ""
+    assert "asks for 5 workers" in errors(workers=5)
+    assert "asks for 3 workers with 2 CPUs" in errors(workers=3, cpus_per_worker=2)
+    assert "GPUs each and the cluster has" in errors(gpus_per_worker=99)
+    assert errors(workers=5, autoscaling=True) == ""
+    # Without a search there are no trials, and their width does not matter.
+    assert errors(workers_per_trial=5) == ""
+    wide = experiment(search={"space": {"lr": [0.1]}}, runtime={"workers_per_trial": 5})
+    assert "asks for 5 workers" in texts(validate(wide))
+
+
+def test_errors_come_first() -> None:
+    bad = experiment(
+        task={"threat_models": [{"norm": "Linf", "eps": 0}], "limit_train": 20},
+        method={"name": "rift", "modules": "conv9"},
+        runtime={"workers": 10_000},
+    )
+    levels = [finding.level for finding in validate(bad)]
+    assert levels == ["error", "error", "warning"]
+    assert dataclasses.asdict(validate(bad)[0]).keys() == {"level", "text"}
