@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 import robustft
-from robustft.config import field_docs
-from robustft.methods import METHODS
 from robustft.runtime.experiment import experiment_from_dict, experiment_to_dict, load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,14 +109,7 @@ def test_there_are_no_unplanned_rooms() -> None:
     assert files == TOP_LEVEL | {"__init__"}
 
 
-# --- methods and presets -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_field_of_a_method_is_documented(name: str) -> None:
-    config = METHODS[name].config
-    fields = config.__dataclass_fields__
-    assert sorted(field_docs(config)) == sorted(fields)
+# --- presets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -19,15 +19,16 @@ from robustft.training.context import LocalContext, PlainEngine
 from robustft.training.loop import share_buffers
 
 ATTACK = AttackConfig(num_steps=2)
-AT = ATConfig(epochs=2, batch_size=16, lr=0.01, attack=ATTACK, val_attack=ATTACK)
+# 50 images in batches of 15: shares of 8 and 7, and of 3 and 2 at the end.
+AT = ATConfig(epochs=2, batch_size=15, lr=0.01, attack=ATTACK, val_attack=ATTACK)
 CONFIGS: dict[str, Any] = {
     # BatchNorm in train mode normalises each worker's share by itself, which is another
     # algorithm; so AT and TRADES are compared on a network without it, and RiFT with it frozen.
     "at": AT,
-    "trades": TradesConfig(epochs=2, batch_size=16, lr=0.01, attack=ATTACK, val_attack=ATTACK),
+    "trades": TradesConfig(epochs=2, batch_size=15, lr=0.01, attack=ATTACK, val_attack=ATTACK),
     "rift": RiftConfig(
         epochs=2,
-        batch_size=16,
+        batch_size=15,
         lr=0.01,
         modules="layer2.0.conv2",
         curve_attack=ATTACK,

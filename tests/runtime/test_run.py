@@ -42,12 +42,10 @@ def finished(storage: Path) -> Report:
 def trial_results(directory: Path) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
     """Return trial values (as JSON) -> (result file, weights) of every finished trial."""
     found = {}
-    for params in sorted(directory.glob("search/tune/*/params.json")):
-        for checkpoint in params.parent.glob("checkpoint_*"):
-            if has_result(checkpoint):
-                values = json.dumps(json.loads(params.read_text()), sort_keys=True)
-                state = load_result(checkpoint).state
-                found[values] = (checkpoint / "result.json", dict(state))
+    for record in sorted(directory.glob("search/tune/*/checkpoint_*/trial.json")):
+        if has_result(record.parent):
+            values = json.dumps(json.loads(record.read_text())["values"], sort_keys=True)
+            found[values] = (record, dict(load_result(record.parent).state))
     return found
 
 
@@ -76,7 +74,7 @@ def test_a_sweep_leaves_everything_that_is_promised(finished: Report) -> None:
 def test_the_saved_model_is_the_reported_one(finished: Report) -> None:
     start, card = load_model_dir(finished.directory / "model")
     assert start.state is not None
-    assert card["threat_models"] == [{"norm": "Linf", "eps": 0.1}]
+    assert [(threat["norm"], threat["eps"]) for threat in card["threat_models"]] == [("Linf", 0.1)]
     assert card["leaky"] is False
     assert card["metrics"]["test/clean"] == finished.summary["after"]["mean"]["clean"]
     weights = [state for _, state in trial_results(finished.directory).values()]

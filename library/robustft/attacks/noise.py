@@ -1,8 +1,8 @@
 """Randomness of attacks: one value per (seed, attack, restart, sample, element).
 
-Each value is a hash of its coordinates (SplitMix64: G. Steele, D. Lea and C. Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014), so that a sample meets the same noise in
-whatever batch, shard or order it is attacked, on whatever device, and no global generator moves.
+Each value is a hash of its coordinates (SplitMix64, see ``robustft.data.random``), so that a sample
+meets the same noise in whatever batch, shard or order it is attacked, on whatever device, and no
+global generator moves.
 """
 
 import hashlib
@@ -10,19 +10,11 @@ import hashlib
 import torch
 from torch import Tensor
 
+from robustft.data.random import INCREMENT, mix, shift_right
+
 __all__ = ["normal", "run_seed", "sample_keys", "uniform"]
 
 UNIFORM_BITS = 23  # with half a step added these are exact in float32, symmetric, never 0 or 1
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the same 64 bits."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-GOLDEN = _signed(0x9E3779B97F4A7C15)  # the constants of SplitMix64
-FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
-SECOND_FACTOR = _signed(0x94D049BB133111EB)
 
 
 def run_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -47,10 +39,10 @@ def sample_keys(seed: Tensor, *, stream: str, restart: int, sample_ids: Tensor) 
         sample_ids: int64 ``[n]``, stable ids of the samples.
     """
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
-    key = _mix(seed + GOLDEN)
-    key = _mix(key ^ int.from_bytes(digest, "little", signed=True))
-    key = _mix(key ^ restart)
-    return _mix(key ^ sample_ids)
+    key = mix(seed + INCREMENT)
+    key = mix(key ^ int.from_bytes(digest, "little", signed=True))
+    key = mix(key ^ restart)
+    return mix(key ^ sample_ids)
 
 
 def uniform(keys: Tensor, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
@@ -67,24 +59,10 @@ def normal(keys: Tensor, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
 
 
 def _bits(keys: Tensor, shape: torch.Size) -> Tensor:
-    elements = torch.arange(1, shape.numel() + 1, device=keys.device) * GOLDEN
-    return _mix(keys.unsqueeze(1) + elements).view(-1, *shape)
+    elements = torch.arange(1, shape.numel() + 1, device=keys.device) * INCREMENT
+    return mix(keys.unsqueeze(1) + elements).view(-1, *shape)
 
 
 def _fraction(bits: Tensor, *, shift: int) -> Tensor:
-    steps = _shift(bits, shift) & ((1 << UNIFORM_BITS) - 1)
+    steps = (shift_right(bits, shift) if shift else bits) & ((1 << UNIFORM_BITS) - 1)
     return (steps.float() + 0.5) * 2.0**-UNIFORM_BITS
-
-
-def _mix(values: Tensor) -> Tensor:
-    """Apply SplitMix64's finaliser; int64 products wrap, as they must."""
-    values = (values ^ _shift(values, 30)) * FIRST_FACTOR
-    values = (values ^ _shift(values, 27)) * SECOND_FACTOR
-    return values ^ _shift(values, 31)
-
-
-def _shift(values: Tensor, places: int) -> Tensor:
-    """Shift right without the sign (int64 shifts copy it)."""
-    if places == 0:
-        return values
-    return (values >> places) & ((1 << (64 - places)) - 1)

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "hash_bits", "uniform"]
+__all__ = ["INCREMENT", "derive_seed", "hash_bits", "mix", "shift_right", "uniform"]
 
 # SplitMix64 (Steele, Lea and Flood, 2014): the golden-ratio increment and the two multipliers of
 # its finaliser, written as signed 64-bit integers because torch has no unsigned arithmetic.
-_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 
@@ -43,9 +43,9 @@ def hash_bits(seed: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         int64 ``[n, *shape]``.
     """
     positions = torch.arange(1, math.prod(shape) + 1, device=ids.device)
-    streams = _mix(_mix(ids + _INCREMENT) ^ seed)
-    counters = streams[:, None] + positions * _INCREMENT
-    return _mix(counters).reshape(len(ids), *shape)
+    streams = mix(mix(ids + INCREMENT) ^ seed)
+    counters = streams[:, None] + positions * INCREMENT
+    return mix(counters).reshape(len(ids), *shape)
 
 
 def uniform(
@@ -53,16 +53,17 @@ def uniform(
 ) -> Tensor:
     """Return numbers uniform in [0, 1), ``[n, *shape]``; arguments as in ``hash_bits``."""
     digits = 53 if dtype == torch.float64 else 24
-    bits = _shift_right(hash_bits(seed, ids, shape), 64 - digits)
+    bits = shift_right(hash_bits(seed, ids, shape), 64 - digits)
     return bits.to(dtype) * 2.0**-digits
 
 
-def _shift_right(values: Tensor, places: int) -> Tensor:
+def shift_right(values: Tensor, places: int) -> Tensor:
     """Shift as if unsigned: torch's ``>>`` repeats the sign bit."""
     return (values >> places) & ((1 << (64 - places)) - 1)
 
 
-def _mix(values: Tensor) -> Tensor:
-    values = (values ^ _shift_right(values, 30)) * _MULTIPLIER_1
-    values = (values ^ _shift_right(values, 27)) * _MULTIPLIER_2
-    return values ^ _shift_right(values, 31)
+def mix(values: Tensor) -> Tensor:
+    """Apply SplitMix64's finaliser to int64 values; products wrap, as they must."""
+    values = (values ^ shift_right(values, 30)) * _MULTIPLIER_1
+    values = (values ^ shift_right(values, 27)) * _MULTIPLIER_2
+    return values ^ shift_right(values, 31)

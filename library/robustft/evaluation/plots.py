@@ -57,7 +57,7 @@ FOCUS = 5.0
 flatten everything near the tolerance."""
 MARGIN = 0.3
 """Percentage points shown below the chosen curve."""
-ACCURACY = r"(?:^|/)(?:accuracy|clean|robust|pgd|apgd|adv)"
+ACCURACY = r"(?:^|[/_])(?:accuracy|clean|robust|pgd|apgd|adv)\d*$"
 ATTACKED = r"robust|pgd|adv"
 
 
@@ -178,6 +178,7 @@ def _mark_alpha(axes: Axes, curve: Rows, name: str, alpha: float, color: str) ->
     axes.plot(
         alpha,
         value,
+        color=CHOSEN,
         marker="o",
         markersize=9,
         markerfacecolor="none",
@@ -393,6 +394,7 @@ def _corruption_line(
     axes.plot(
         before,
         place,
+        color=MUTED,
         markerfacecolor=PAPER,
         markeredgecolor=MUTED,
         markeredgewidth=1.5,

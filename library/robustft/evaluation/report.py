@@ -53,10 +53,8 @@ __all__ = [
 Row = Mapping[str, Any]
 
 MINUS = "\u2212"
-HIDDEN = ("label", "chosen")
+HIDDEN = ("label", "chosen", "table")
 """Columns that the page shows in another form."""
-NO_PARAMETERS = ("trial", "seed", "alpha", "epoch", "status", "seconds", "modules", *HIDDEN)
-"""Trial columns that do not say what was tried."""
 
 
 class Cell(NamedTuple):
@@ -172,11 +170,10 @@ def _choice_panels(data: ReportData) -> Iterator[Panel]:
         )
     finished = [row for row in _trials(data) if _finite(row, "val/clean", "val/robust")]
     if finished:
-        named = [{**row, "label": row.get("label", _label(row, data.trials))} for row in finished]
         yield Panel(
             "trials",
             plots.trial_plane(
-                named, start=start, tolerance=data.tolerance, curves=data.interpolation
+                finished, start=start, tolerance=data.tolerance, curves=data.interpolation
             ),
             "trials in the plane of clean and robust accuracy",
             f"Each dot is a finished trial on {data.selection_split}: right is more accurate, up "
@@ -203,7 +200,7 @@ def _other_panels(data: ReportData) -> Iterator[Panel]:
             "corruptions",
             plots.corruption_bars(data.corruptions),
             "accuracy under common corruptions before and after",
-            f"Accuracy on corrupted {data.report_split} images: where the filled dot is right of "
+            f"Accuracy under corruption on {data.report_split}: where the filled dot is right of "
             "the hollow one, the result is better than the start. Changes are in points.",
             _grid(data.corruptions, keep=("corruption", "before", "after")),
             affected=True,
@@ -250,7 +247,8 @@ def _grid(rows: Sequence[Row], keep: Sequence[str] = ()) -> Grid:
     cells = [
         (bool(row.get("chosen")), [_cell(name, row.get(name)) for name in shown]) for row in rows
     ]
-    common = ", ".join(f"{_header(name)} {_cell(name, rows[0].get(name)).text}" for name in alike)
+    alike = [name for name in alike if rows[0].get(name) not in (None, "")]
+    common = ", ".join(f"{_header(name)} {_cell(name, rows[0][name]).text}" for name in alike)
     return Grid(columns, cells, common)
 
 
@@ -286,14 +284,3 @@ def _number(value: Any) -> bool:
 
 def _finite(row: Row, *names: str) -> bool:
     return all(_number(row.get(name)) and math.isfinite(row[name]) for name in names)
-
-
-def _label(row: Row, rows: Sequence[Row]) -> str:
-    """Name a trial by what varied: "layer2.1.conv2, lr 0.001"."""
-    parts = []
-    for name, value in row.items():
-        varied = len({repr(other.get(name)) for other in rows}) > 1
-        if "/" in name or name in NO_PARAMETERS or not varied:
-            continue
-        parts.append(f"{name} {value:g}" if isinstance(value, float) else str(value))
-    return ", ".join(parts) or str(row.get("trial", ""))

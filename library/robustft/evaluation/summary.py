@@ -142,7 +142,7 @@ class ReportData:
 class Verdict(NamedTuple):
     """Whether robustness was kept, and the sentence that says so."""
 
-    state: Literal["kept", "lost", "open", "unmeasured"]
+    state: Literal["kept", "lost", "open", "unchanged", "unmeasured"]
     text: str
 
 
@@ -163,6 +163,11 @@ def summary_row(
         confidence: of all three intervals.
     """
     low, high = paired_bootstrap(before, after, confidence=confidence)
+    if before.dtype == after.dtype == np.bool_ and bool((before == after).all()):
+        # Resampling finds no spread where no image differs; the rate at which others would differ
+        # is still only known to be below this exact bound (about 3 / n at 95 %).
+        high = 1 - (1 - confidence) ** (1 / len(before))
+        low = -high
     value = float(np.mean(after, dtype=np.float64) - np.mean(before, dtype=np.float64))
     return SummaryRow(
         name=name,
@@ -188,8 +193,11 @@ def verdict(data: ReportData) -> Verdict:
     """Say whether robustness was kept, as far as the intervals of the changes allow.
 
     Kept: every robust row's interval lies above minus the tolerance. Lost: some row's lies below.
-    Everything else is open: the data cannot tell.
+    Everything else is open: the data cannot tell. Unchanged: alpha 0 gives back the start.
     """
+    changes = [row.change for row in data.summary if row.change is not None]
+    if data.chosen.get("alpha") == 0 and all(change.value == 0 for change in changes):
+        return Verdict("unchanged", "The chosen alpha is 0: the result is the start itself.")
     allowed = f"a loss of {100 * data.tolerance:g} points was allowed"
     states, parts = set(), []
     for row in data.summary:
@@ -217,7 +225,8 @@ def verdict(data: ReportData) -> Verdict:
 
 def facts(data: ReportData) -> dict[str, str]:
     """Return what was chosen as name -> text, the headline choices first."""
-    chosen = {name: value for name, value in data.chosen.items() if value is not None}
+    # Leakiness has its badge.
+    chosen = {k: v for k, v in data.chosen.items() if v is not None and k != "leaky"}
     order = [name for name in FACTS if name in chosen]
     order += [name for name in chosen if name not in FACTS]
     return {FACTS.get(name, name): _plain(chosen[name]) for name in order}
@@ -227,10 +236,10 @@ def console_table(data: ReportData) -> Group:
     """Return the end of a run for a rich console: the table, the verdict, choices and places."""
     table = Table(title=Text(data.title, style="bold"), title_justify="left")
     for header in HEADERS:
-        table.add_column(header, justify="right" if header else "left")
+        table.add_column(header, justify="right" if header else "left", no_wrap=bool(header))
     for cells in _cells(data):
         # Text, not str: names must not be read as markup.
-        table.add_row(*(_two_lines(cell) for cell in cells))
+        table.add_row(Text(cells[0], style="bold"), *map(_two_lines, cells[1:]))
     style = {"kept": "green", "lost": "bold red"}.get(verdict(data).state, "yellow")
     notes = [Text(line, style="bold red") for line in _warnings(data)]
     places = [Text(f"{name}: {text}", overflow="fold") for name, text in _places(data)]
@@ -238,10 +247,11 @@ def console_table(data: ReportData) -> Group:
 
 
 def _two_lines(cell: str) -> Text:
-    """Put the interval below its number, so that the table fits into 80 columns."""
+    """Put interval and mark below the number, so that the table fits into 80 columns."""
     number, bracket, rest = cell.partition(" [")
     text = Text(number, style="bold")
-    return text.append(f"\n[{rest}", style="not bold dim") if bracket else text
+    below = f"\n[{rest}".replace("] (", "]\n(")
+    return text.append(below, style="not bold dim") if bracket else text
 
 
 def summary_lines(data: ReportData) -> str:

@@ -13,7 +13,14 @@ __all__ = ["ProgressLines"]
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("train/loss", "train/accuracy", "val/clean", "val/robust")
+SHOWN = (
+    "train/loss",
+    "train/robust",
+    "train/clean",
+    "val/tuned_clean",
+    "val/clean",
+    "val/robust",
+)
 
 
 class ProgressLines:

@@ -7,7 +7,6 @@ see what the inner runs hold.
 """
 
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from robustft.config import from_dict, to_dict
 from robustft.errors import ConfigError, RobustftError, RunError
 from robustft.methods import Result
 from robustft.runtime.experiment import RuntimeConfig, SearchConfig
-from robustft.runtime.results import has_result, load_result, save_result
+from robustft.runtime.results import has_result, load_result, save_result, write_json
 from robustft.runtime.session import Session
 from robustft.runtime.trainer import Job, WorkerContext, fetched, run_job, train
 
@@ -81,7 +80,6 @@ def search(
     Raises:
         RunError: the search was interrupted, or every trial failed.
     """
-    import ray
     from ray import tune
 
     workers = runtime.workers_per_trial
@@ -119,8 +117,14 @@ def search(
             ),
         )
     grid = tuner.fit()
-    ray.get(ray.put(0))  # raises here, with a clear error, if the cluster has gone
-    return [_trial(one) for one in grid]
+    return sorted((_trial(one) for one in grid), key=lambda trial: _place(config, trial))
+
+
+def _place(config: SearchConfig, trial: Trial) -> tuple[Any, ...]:
+    """Return where a trial stands in its search: Tune's own order is another after a restore."""
+    if config.algorithm != "grid":
+        return (trial.label,)
+    return tuple(list(values).index(trial.values[n]) for n, values in config.space.items())
 
 
 def param_space(config: SearchConfig, tune: Any) -> dict[str, Any]:
@@ -234,14 +238,14 @@ def _guarded(values: Mapping[str, Any], job: Job, run: Any) -> None:
     own.send({"kind": "begin", **event, "values": dict(values)})
     error = ""
     with tempfile.TemporaryDirectory(prefix="robustft-") as folder:
+        record: dict[str, Any] = {}
         try:
             result = run(own)
             save_result(result, Path(folder))
             record = dict(result.metrics)
         except RobustftError as failure:
-            error = f"{failure}"
-            record = {}
-            (Path(folder) / "error.json").write_text(json.dumps(error), encoding="utf-8")
+            error = str(failure)
+        write_json(Path(folder) / "trial.json", {"values": dict(values), "error": error})
         own.send({"kind": "end", **event, "error": error, "metrics": record})
         tune.report(
             {**record, "finished": True, "failure": error},

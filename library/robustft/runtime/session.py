@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,10 @@ def _init(ray: Any, address: str | None) -> None:
         # Workers map the data; a cap keeps Ray from reserving 30 % of a laptop's memory.
         memory = min(2 * 1024**3, int(0.2 * _total_memory()))
         options |= {"include_dashboard": False, "object_store_memory": memory, "address": "local"}
+        # Ray starts workers of a runtime environment through a shell and does not quote the
+        # interpreter: in a folder with a space every worker would die, and Ray wait for ever.
+        environment = options.setdefault("runtime_env", {})
+        environment["py_executable"] = shlex.quote(sys.executable)
     else:
         options["address"] = address
     try:

@@ -109,7 +109,7 @@ class Loader:
                 inputs=_to_unit(images),
                 labels=labels,
                 ids=ids,
-                scale=1.0,
+                scale=count * self._world_size / size,
                 count=count,
             )
 
