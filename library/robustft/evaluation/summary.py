@@ -218,7 +218,7 @@ def verdict(data: ReportData) -> Verdict:
     if "lost" in states:
         return Verdict("lost", f"Robustness was not kept on {data.report_split}: {measured}")
     if "open" in states:
-        text = f"The {data.report_split} data cannot tell whether robustness was kept: {measured}"
+        text = f"Not decided on {data.report_split} whether robustness was kept: {measured}"
         return Verdict("open", text)
     return Verdict("kept", f"Robustness was kept on {data.report_split}: {measured}")
 

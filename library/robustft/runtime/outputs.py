@@ -308,10 +308,10 @@ def report_data(
         report_split=_split_name(found.task, "test"),
         leaky=found.leaky,
         warnings=warnings(found),
-        stages=[Stage(name=name, seconds=seconds) for name, seconds in clock.stages().items()],
+        stages=_stages(found, clock),
         wall_seconds=wall,
         overhead=share,
-        trials=[row for row in trial_rows(found) if not row["error"]],
+        trials=_shown_trials(found),
         criticality=criticality,
         interpolation=[row for row in curve_rows(found) if row["table"] == "interpolation"],
         epochs=[
@@ -324,6 +324,33 @@ def report_data(
         report_path=str(directory / "report.html"),
         tracking_url=tracking_url,
     )
+
+
+def _stages(found: Found, clock: Clock) -> list[Stage]:
+    counted = {
+        "evaluate": {
+            "num_forwards": sum(e.num_forwards for e in evaluations(found)),
+            "num_backwards": sum(e.num_backwards for e in evaluations(found)),
+        }
+    }
+    return [
+        Stage(name=name, seconds=seconds, **counted.get(name, {}))
+        for name, seconds in clock.stages().items()
+    ]
+
+
+def _shown_trials(found: Found) -> list[Row]:
+    """Return the trials as the report shows them: what was searched is in the label already."""
+    chosen = {trial.label for trial in found.chosen}
+    rows = []
+    for trial in found.trials:
+        row: Row = {"trial": trial.label, "chosen": trial.label in chosen}
+        if trial.result is not None:
+            choices = trial.result.choices.items()
+            row |= {name: value for name, value in choices if name not in trial.values}
+            row |= dict(trial.result.metrics)
+        rows.append({**row, "status": trial.error or "finished"})
+    return rows
 
 
 def summary_rows(experiment: Experiment, found: Found) -> list[SummaryRow]:
@@ -394,10 +421,10 @@ def _sentence(experiment: Experiment, found: Found) -> str:
 
 def _split_name(task: Task, split: str) -> str:
     if task.selection == "test_half":
-        return f"half of the test split ({len(task.splits[split])} images)"
+        return f"half of the test split ({len(task.splits[split]):,} images)"
     if task.selection == "official":
-        return f"the test split ({len(task.splits[split])} images)"
-    return f"the {split} split ({len(task.splits[split])} images)"
+        return f"the test split ({len(task.splits[split]):,} images)"
+    return f"the {split} split ({len(task.splits[split]):,} images)"
 
 
 def warnings(found: Found) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robustft.config import from_dict, to_dict
-from robustft.errors import ConfigError, RobustftError, RunError
+from robustft.errors import ConfigError, RobustftError, RunError, UnknownNameError
 from robustft.methods import Result
 from robustft.runtime.experiment import RuntimeConfig, SearchConfig
 from robustft.runtime.results import has_result, load_result, save_result, write_json
@@ -282,6 +282,7 @@ def choose(trials: Sequence[Trial], metric: str) -> list[Trial]:
 
     Raises:
         RunError: no trial finished.
+        UnknownNameError: the trials report no such metric.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -295,6 +296,10 @@ def choose(trials: Sequence[Trial], metric: str) -> list[Trial]:
     if not candidates:
         reasons = "; ".join(sorted({trial.error for trial in trials}))
         raise RunError(f"all {len(trials)} trials failed: {reasons}")
+
+    known = candidates[0][0].result
+    if known is not None and metric not in known.metrics:
+        raise UnknownNameError("search.metric", metric, known.metrics)
 
     def score(group: Sequence[Trial]) -> float:
         values = [t.result.metrics[metric] for t in group if t.result is not None]

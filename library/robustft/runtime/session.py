@@ -49,8 +49,9 @@ LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 EMBEDDED_ENVIRONMENT = {
     LOOPBACK_VARIABLE: "0",
     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    # Workers of one stage wait for the next one instead of starting Python and torch again.
-    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    # Workers wait for the next fan-out instead of starting Python and torch again, but not through
+    # a whole search: each holds 600 MB.
+    "RAY_idle_worker_killing_time_threshold_ms": "10000",
 }
 
 
