@@ -1,12 +1,11 @@
 """Configurations: frozen dataclasses, with YAML as a thin skin over them.
 
-A configuration is any ``@dataclass(frozen=True, kw_only=True, slots=True)``. The functions here turn
-mappings into configurations and back, refuse what they do not know, and name a configuration by
-its content. There is no interpolation, no ``eval`` and no import string.
+A configuration is any ``@dataclass(frozen=True, kw_only=True, slots=True)``. The functions here
+turn mappings into configurations and back, refuse what they do not know, and name a configuration
+by its content. There is no interpolation, no ``eval`` and no import string.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import types
@@ -20,7 +19,7 @@ import yaml
 from robustft.errors import ConfigError, UnknownNameError
 from robustft.threat import parse_number
 
-__all__ = ["config_hash", "field_docs", "from_dict", "load_yaml", "to_dict"]
+__all__ = ["config_hash", "from_dict", "load_yaml", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -43,7 +42,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, path: str = "") 
     where = f"{path}." if path else ""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or cls.__name__} must be a mapping of fields, got {values!r}")
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -103,32 +102,6 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of fields, got {type(values).__name__}")
     return values
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return field -> its docstring, read from the string that follows each field in the source."""
-    import ast
-    import inspect
-    import textwrap
-
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    docs: dict[str, str] = {}
-    statements = getattr(body, "body", [])
-    for statement, following in zip(statements, statements[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            docs[statement.target.id] = " ".join(following.value.value.split())
-    return docs
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _convert(hint: Any, value: Any, *, path: str) -> Any:

@@ -8,7 +8,7 @@
     |-- DataError                        data files that are missing, damaged or not what they claim
     |-- CheckpointError                  weights that cannot be read, are unsafe or do not fit
     |-- ResourceError                    cluster, disk or folder does not offer what the run needs
-    |-- NonFiniteLossError               a loss became NaN or infinite; the trial is lost, the sweep is not
+    |-- NonFiniteLossError               a loss became NaN or infinite: ends the trial, no more
     `-- RunError                         a run failed or was interrupted; says how to resume
 
 Each class carries ``exit_code``: 2 for input that the user can correct, 1 for a run that failed.

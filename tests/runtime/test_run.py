@@ -102,7 +102,9 @@ def test_mlflow_has_parent_stages_trials_and_the_registered_model(
 
 
 def test_finished_work_is_not_done_again(finished: Report) -> None:
-    files = {path: path.stat().st_mtime_ns for path, _ in trial_results(finished.directory).values()}
+    files = {
+        path: path.stat().st_mtime_ns for path, _ in trial_results(finished.directory).values()
+    }
     again = resume(finished.directory)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert again.summary["after"] == finished.summary["after"]
@@ -158,8 +160,8 @@ def test_a_killed_driver_resumes_without_repeating_trials(
     config = tmp_path / "small.yaml"
     config.write_text(dump_yaml(experiment_to_dict(small_experiment(storage))))
     script = (
-        "import sys; from robustft.runtime.experiment import load_experiment; "
-        "from robustft.runtime.run import run; run(load_experiment(sys.argv[1]), run_dir=sys.argv[2])"
+        "import sys; from robustft.runtime.experiment import load_experiment as load; "
+        "from robustft.runtime.run import run; run(load(sys.argv[1]), run_dir=sys.argv[2])"
     )
     # One trial at a time, so that some are finished and some are not when the driver dies.
     config.write_text(config.read_text().replace("max_concurrent: null", "max_concurrent: 1"))
@@ -177,7 +179,9 @@ def test_a_killed_driver_resumes_without_repeating_trials(
             driver.send_signal(signal.SIGKILL)
             driver.wait()
     psutil.wait_procs(tree[1:], timeout=30)
-    before = {values: path.stat().st_mtime_ns for values, (path, _) in trial_results(directory).items()}
+    before = {
+        values: path.stat().st_mtime_ns for values, (path, _) in trial_results(directory).items()
+    }
     assert 1 <= len(before) < 4
     report = resume(directory)
     after = trial_results(directory)

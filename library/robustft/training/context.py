@@ -21,7 +21,7 @@ ItemT = TypeVar("ItemT")
 ValueT = TypeVar("ValueT")
 
 State = dict[str, Any]
-"""Nested dicts and lists of tensors and plain scalars: what ``torch.load(weights_only=True)`` reads."""
+"""Nested dicts and lists of tensors and scalars: what ``torch.load(weights_only=True)`` reads."""
 
 
 class Engine(Protocol):
@@ -110,7 +110,7 @@ class RunContext(Protocol):
         key: str,
         name: str,
     ) -> list[ValueT]:
-        """Return ``[fn(shared, item) for item in items]``, perhaps computed elsewhere and in parallel.
+        """Return ``[fn(shared, item) for item in items]``, perhaps computed elsewhere.
 
         ``fn`` is a module-level function without side effects, whose value is a dict of JSON
         scalars, lists and NumPy arrays. Every rank gets the whole list, in item order.
