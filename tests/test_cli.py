@@ -139,6 +139,30 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not started
 
 
+@pytest.mark.parametrize("args", BAD.values(), ids=BAD.keys())
+def test_with_json_an_error_is_a_document_as_well(
+    args: tuple[list[str], str], capsys: pytest.CaptureFixture[str], started: list[Experiment]
+) -> None:
+    words, sentence = args
+    assert cli.main([*words, "--json"]) == 2
+    shown = capsys.readouterr()
+    error = json.loads(shown.out)["error"]
+    assert error["exit_code"] == 2
+    assert shown.err == f"robustft: {error['text']}\n"
+    # Where words are missing the sentence is another, since there is one more.
+    assert sentence in error["text"] or len(words) < 2
+
+
+def test_with_json_an_interruption_is_a_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raise_from_run(monkeypatch, KeyboardInterrupt("continue with: robustft resume here"))
+    assert cli.main(["train", "rift-embedded", "--json"]) == 130
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("Interrupted", 130)
+    assert error["text"].endswith("robustft resume here")
+
+
 def test_debug_shows_where_it_was_raised(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,8 @@ class Options:
     """What every verb takes."""
 
     json: Flag = False
-    """One JSON document on standard output; everything else goes to standard error."""
+    """One JSON document on standard output, after an error {"error": {"kind", "text",
+    "exit_code"}}; everything else goes to standard error."""
     debug: Flag = False
     """Tracebacks instead of one sentence (also: ROBUSTFT_DEBUG=1)."""
 
@@ -361,7 +362,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run_preset(verb.preset, rest, PRESET_VERBS[type(verb)], _prog(type(verb)))
         return _answer(verb, lambda: VERBS[type(verb)](verb))
 
-    return _guarded(work)
+    return _guarded(work, words)
 
 
 def experiment_cli(preset: str, description: str, args: Sequence[str] | None = None) -> int:
@@ -377,7 +378,7 @@ def experiment_cli(preset: str, description: str, args: Sequence[str] | None = N
     """
     words = list(sys.argv[1:] if args is None else args)
     work = PresetWork(_unchanged, _run, description)
-    return _guarded(lambda: _run_preset(preset, words, work, Path(sys.argv[0]).name))
+    return _guarded(lambda: _run_preset(preset, words, work, Path(sys.argv[0]).name), words)
 
 
 def _prog(verb: type[Any]) -> str:
@@ -427,39 +428,49 @@ def _answer(options: Options, work: Callable[[], Answer]) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("robustft").setLevel(logging.INFO)
 
-    def answered() -> int:
-        quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
-        with quiet:
-            answer = work()
-        if options.json:
-            # Numbers that JSON lacks (NaN, infinities) become null.
-            document = json.loads(json.dumps(answer.document), parse_constant=lambda _: None)
-            sys.stdout.write(json.dumps(document, indent=1) + "\n")
-        elif callable(answer.text):
-            answer.text(sys.stdout)
-        elif answer.text:
-            sys.stdout.write(answer.text.rstrip() + "\n")
-        return answer.code
-
-    return _guarded(answered, debug=options.debug)
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        answer = work()
+    if options.json:
+        _write_json(answer.document)
+    elif callable(answer.text):
+        answer.text(sys.stdout)
+    elif answer.text:
+        sys.stdout.write(answer.text.rstrip() + "\n")
+    return answer.code
 
 
-def _guarded(work: Callable[[], int], *, debug: bool = False) -> int:
-    """Return the exit code of ``work``; what is wrong becomes one sentence on standard error."""
+def _write_json(document: Any) -> None:
+    # Numbers that JSON lacks (NaN, infinities) become null.
+    finite = json.loads(json.dumps(document), parse_constant=lambda _: None)
+    sys.stdout.write(json.dumps(finite, indent=1) + "\n")
+
+
+def _guarded(work: Callable[[], int], words: Sequence[str]) -> int:
+    """Return the exit code of ``work``; what is wrong becomes one sentence on standard error.
+
+    With ``--json`` among the words it also becomes the document on standard output. The words
+    are looked at as they are, since what is wrong may be that they cannot be parsed.
+    """
+    debug = "--debug" in words or os.environ.get("ROBUSTFT_DEBUG") == "1"
     try:
         return work()
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"robustft: {str(error) or 'interrupted'}\n")
-        return INTERRUPTED
+        return _failed(str(error) or "interrupted", "Interrupted", INTERRUPTED, words)
     except BrokenPipeError:
         # The reader has gone (robustft ls | head). Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RobustftError as error:
-        if debug or os.environ.get("ROBUSTFT_DEBUG") == "1":
+        if debug:
             traceback.print_exc()
-        sys.stderr.write(f"robustft: {error}\n")
-        return error.exit_code
+        return _failed(str(error), type(error).__name__, error.exit_code, words)
+
+
+def _failed(sentence: str, kind: str, code: int, words: Sequence[str]) -> int:
+    sys.stderr.write(f"robustft: {sentence}\n")
+    if "--json" in words:
+        _write_json({"error": {"kind": kind, "text": sentence, "exit_code": code}})
+    return code
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

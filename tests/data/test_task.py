@@ -121,6 +121,10 @@ def test_from_yaml_like_mapping() -> None:
         ({"limit_test": -1}, "limit_test = -1 is out of range"),
         ({"image_size": 8}, "image_size = 8 is out of range: 16 to 1024"),
         ({"threat_models": ()}, "threat_models is empty"),
+        (
+            {"threat_models": (ThreatModel("Linf", 0.1), ThreatModel("Linf", 0.2))},
+            "of two radii of one norm the larger includes the smaller",
+        ),
         ({"mean": (0.5,)}, "mean and std go together"),
         ({"mean": (0.5,), "std": (0.0,)}, "every value must be > 0"),
     ],

@@ -18,8 +18,10 @@ from robustft.methods import METHODS
 from robustft.methods.adversarial import ATConfig, TradesConfig, craft_trades, train_at
 from robustft.methods.common import AttackConfig, craft, validate
 from robustft.models import Start
+from robustft.training.augment import augment
 from robustft.training.context import LocalContext, State
-from robustft.training.loaders import Batch
+from robustft.training.loaders import Batch, Loader
+from robustft.training.loop import run_epoch
 from robustft.training.seeding import generator
 
 ATTACK = AttackConfig(num_steps=2)
@@ -194,23 +196,47 @@ def test_trades_attack_climbs_the_divergence(task: Task, fresh: Start) -> None:
     assert (divergence(adversarial) > divergence(corners.clamp(0, 1))).all()
 
 
-def test_trades_with_beta_zero_is_clean_training(task: Task, fresh: Start) -> None:
-    config = TradesConfig(**SMALL)
-    config = dataclasses.replace(config, beta=0.0, epochs=1, batch_size=50)
+@pytest.mark.parametrize("beta", [0.0, 50.0])
+def test_trades_loss_is_the_published_one(beta: float, task: Task, fresh: Start) -> None:
+    config = dataclasses.replace(TradesConfig(**SMALL), beta=beta, epochs=1, batch_size=50)
     context = LocalContext(task=task, start=fresh)
     METHODS["trades"].train(config, context)
-    model = fresh.build().train()
-    inputs, labels = [], []
-    from robustft.training.augment import augment
-    from robustft.training.loaders import Loader
+    model = fresh.build()
+    other = LocalContext(task=task, start=fresh)
+    other.engine.prepare(model, None)
+    loader = Loader(task.splits["train"], batch_size=50, seed=0, device=torch.device("cpu"))
+    (batch,) = loader.epoch(0)
+    inputs = augment(batch.inputs, batch.ids, config=config.augment, seed=0, epoch=0)
+    batch = dataclasses.replace(batch, inputs=inputs)
+    adversarial = craft_trades(config, other, batch, generator(0, "step", 0, 0))
+    model.train()
+    with torch.no_grad():
+        clean, attacked = model(inputs).double(), model(adversarial).double().softmax(1)
+    divergence = (clean.softmax(1) * (clean.softmax(1) / attacked).log()).sum(1).mean()
+    expected = functional.cross_entropy(clean, batch.labels) + beta * divergence
+    assert context.reports[0]["train/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
-    for batch in Loader(
-        task.splits["train"], batch_size=50, seed=0, device=torch.device("cpu")
-    ).epoch(0):
-        inputs.append(augment(batch.inputs, batch.ids, config=config.augment, seed=0, epoch=0))
-        labels.append(batch.labels)
-    expected = functional.cross_entropy(model(torch.cat(inputs)), torch.cat(labels)).item()
-    assert context.reports[0]["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+def test_eval_every_spares_evaluations_but_not_the_last(task: Task, fresh: Start) -> None:
+    context = LocalContext(task=task, start=fresh)
+    result = train_at(ATConfig(**SMALL, eval_every=2), context)
+    assert ["val/robust" in row for row in result.tables["epochs"]] == [False, True, True]
+
+
+def test_layers_that_draw_repeat_their_draws_after_a_resume(task: Task, fresh: Start) -> None:
+    config = ATConfig(**SMALL)
+    context = LocalContext(task=task, start=fresh)
+    model = context.engine.prepare(fresh.build(), None)
+    loader = Loader(task.splits["train"], batch_size=16, seed=0, device=torch.device("cpu"))
+
+    def drawing(network: nn.Module, batch: Batch, _: torch.Generator) -> tuple[Any, Any]:
+        return torch.rand(()), network(batch.inputs)
+
+    first, _, again = (
+        run_epoch(config, context, model, loader, drawing, epoch=epoch, update=False)["loss"]
+        for epoch in (0, 1, 0)
+    )
+    assert first == again
 
 
 def documented(cls: type) -> set[str]:

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustft.errors import ConfigError, UnknownNameError
+from robustft.errors import ConfigError, NonFiniteLossError, UnknownNameError
 from robustft.methods.criticality import (
     Criticality,
     CriticalityConfig,
     CriticalityWork,
+    Projection,
     criticality_of_layer,
     eligible_layers,
     module_robust_criticality,
     rank_layers,
 )
 from robustft.models import Start, weight_layers
+from robustft.training.seeding import generator
 
 
 def example(start: Start, *, count: int = 24, dtype: torch.dtype = torch.float64) -> tuple:
@@ -45,9 +47,10 @@ def by_the_book(
     eps: float,
     lr: float,
     num_epochs: int,
+    batch_size: int,
     every_step: bool = False,
 ) -> tuple[float, float]:
-    """The published loop in its one-batch case, written independently: no cache, no shuffling."""
+    """The published loop, written independently, without a cache; the shuffles are ours."""
     model = copy.deepcopy(model)
     weight = weight_layers(model)[name].weight
     original = weight.detach().clone()
@@ -60,26 +63,50 @@ def by_the_book(
 
     base, base_accuracy = worst, accuracy = measure()
     optimizer = torch.optim.SGD([weight], lr=lr)
-    for _ in range(num_epochs):
-        optimizer.zero_grad()
-        (-functional.cross_entropy(model(inputs), labels)).backward()
-        optimizer.step()
+
+    def pull_back() -> None:
         ratio = ((weight.detach() - original).norm() / original.norm()).item()
         if ratio > eps:
             with torch.no_grad():
                 weight.copy_(original + (weight - original) * (eps / ratio))
+
+    for epoch in range(num_epochs):
+        order = torch.randperm(len(labels), generator=generator(0, "mrc", epoch)).tolist()
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            optimizer.zero_grad()
+            (-functional.cross_entropy(model(inputs[rows]), labels[rows])).backward()
+            optimizer.step()
+            if every_step:
+                pull_back()
+        pull_back()
         loss, correct = measure()
         if loss > worst:
             worst, accuracy = loss, correct
     return worst - base, (base_accuracy - accuracy) * 100
 
 
-def test_equals_the_published_loop_for_every_layer(fresh: Start) -> None:
+@pytest.mark.parametrize(("batch_size", "projection"), [(24, "epoch"), (7, "epoch"), (7, "step")])
+def test_equals_the_published_loop_for_every_layer(
+    fresh: Start, batch_size: int, projection: Projection
+) -> None:
     model, inputs, labels = example(fresh)
-    found = module_robust_criticality(model, inputs, labels, num_epochs=4, batch_size=24)
+    found = module_robust_criticality(
+        model, inputs, labels, num_epochs=3, batch_size=batch_size, projection=projection
+    )
     assert list(found) == list(weight_layers(model))
     for name, criticality in found.items():
-        value, drop = by_the_book(model, name, inputs, labels, eps=0.1, lr=1.0, num_epochs=4)
+        value, drop = by_the_book(
+            model,
+            name,
+            inputs,
+            labels,
+            eps=0.1,
+            lr=1.0,
+            num_epochs=3,
+            batch_size=batch_size,
+            every_step=projection == "step",
+        )
         assert criticality.value == pytest.approx(value, rel=1e-9, abs=1e-12)
         assert criticality.accuracy_drop == pytest.approx(drop, abs=1e-9)
 
@@ -148,6 +175,31 @@ def test_prefix_cache_changes_nothing(fresh: Start, dtype: torch.dtype, toleranc
     for name in cached:
         assert cached[name].value == pytest.approx(naive[name].value, rel=tolerance, abs=1e-12)
     assert over_budget == naive
+
+
+def test_parts_that_work_in_place_spoil_neither_cache_nor_inputs() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Hardtanh(0.2, 0.8, inplace=True),
+            nn.Conv2d(1, 4, 3),
+            nn.Threshold(0.1, 0.5, inplace=True),  # applied twice, it gives something else
+            nn.Conv2d(4, 2, 3),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        ).double()
+        inputs = torch.rand(10, 1, 8, 8, dtype=torch.float64)
+    labels, before = torch.arange(10) % 3, inputs.clone()
+    cached, plain = (
+        module_robust_criticality(
+            model, inputs, labels, num_epochs=2, batch_size=4, prefix_cache=prefix_cache
+        )
+        for prefix_cache in (True, False)
+    )
+    assert torch.equal(inputs, before)
+    for name, criticality in plain.items():
+        assert cached[name].value == pytest.approx(criticality.value, rel=1e-10)
 
 
 def test_prefix_cache_saves_forwards(fresh: Start) -> None:
@@ -268,6 +320,17 @@ def test_seed_shuffles_the_batches(fresh: Start) -> None:
         for seed in (0, 0, 1)
     }
     assert len(values) == 2
+
+
+@pytest.mark.parametrize("start_at_zero", [False, True])
+def test_a_model_that_is_broken_before_the_ascent_is_refused(
+    fresh: Start, start_at_zero: bool
+) -> None:
+    model, inputs, labels = example(fresh)
+    with torch.no_grad():
+        weight_layers(model)["linear"].weight[0, 0] = math.nan  # type: ignore[index, operator]
+    with pytest.raises(NonFiniteLossError, match="starting model's loss is nan"):
+        module_robust_criticality(model, inputs, labels, start_at_zero=start_at_zero)
 
 
 def test_bad_arguments_are_named(fresh: Start) -> None:

@@ -12,6 +12,7 @@ from robustft.errors import ConfigError, NonFiniteLossError, UnknownNameError
 from robustft.methods import METHODS, rift
 from robustft.methods.adversarial import ATConfig, train_at
 from robustft.methods.common import AttackConfig, craft
+from robustft.methods.criticality import CriticalityConfig
 from robustft.methods.interpolation import CurveWork, curve_point
 from robustft.methods.rift import RiftConfig, choose_modules
 from robustft.models import Start, batch_norms, weight_layers
@@ -127,7 +128,8 @@ def table_of(values: dict[str, float], *, ineligible: tuple[str, ...] = ()) -> l
 def test_selection(modules: Any, expected: list[str], fresh: Start) -> None:
     values = dict.fromkeys(weight_layers(fresh.build()), 5.0)
     values |= {"conv1": 9.0, "layer1.0.conv1": 0.4, "layer2.0.conv1": 0.2, "linear": 0.1}
-    table = table_of(values, ineligible=("linear",))
+    values["layer3.0.conv1"] = 12.0
+    table = table_of(values, ineligible=("linear", "layer3.0.conv1"))
     assert choose_modules(RiftConfig(modules=modules), fresh.build(), table) == expected
 
 
@@ -296,6 +298,36 @@ def test_resumed_fine_tuning_equals_undisturbed(task: Task, robust: Start) -> No
         assert not changed(whole.state, resumed.state)
 
 
+def test_keep_chooses_the_epoch_and_its_weights(
+    task: Task, robust: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for keep, expected in (("best", 2), ("last", 3)):
+        scores, states = [0.5, 0.9, 0.9], []
+
+        def scripted(
+            model: Any, *_: Any, scores: Any = scores, states: Any = states, **__: Any
+        ) -> Any:
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+            return {"val/clean": scores[len(states) - 1]}
+
+        monkeypatch.setattr(rift, "validate", scripted)
+        config = RiftConfig(
+            **{**SMALL, "epochs": 3, "alphas": (0.0, 1.0)}, modules="last", tolerance=1.0, keep=keep
+        )
+        monkeypatch.setattr(rift, "select_alpha", lambda curve, *, tolerance: 1.0)
+        result = rift.train(config, LocalContext(task=task, start=robust))
+        assert result.choices["epoch"] == expected
+        assert not changed(result.state, states[expected - 1])
+        assert changed(states[1], states[2])
+
+
+def test_a_grid_that_ends_early_says_nothing_about_its_end(task: Task, robust: Start) -> None:
+    config = RiftConfig(**{**SMALL, "alphas": (0.0, 0.2)}, modules="last")
+    result = rift.train(config, LocalContext(task=task, start=robust))
+    assert "val/tuned_clean" not in result.metrics
+    assert "val/start_clean" in result.metrics
+
+
 def test_controls_need_no_criticality(task: Task, robust: Start) -> None:
     result = rift.train(RiftConfig(**SMALL, modules="last"), LocalContext(task=task, start=robust))
     assert result.tables["criticality"] == []
@@ -315,6 +347,32 @@ def test_test_split_is_read_only_on_request_and_then_marked(task: Task, robust: 
     )
     assert leaky.choices["leaky"] is True
     assert leaky.tables["criticality"][0]["num_examples"] == 9
+
+
+def test_every_option_reaches_the_ascent(task: Task, robust: Start) -> None:
+    options: dict[str, Any] = {
+        "eps": 0.2,
+        "lr": 0.5,
+        "batch_size": 7,
+        "projection": "step",
+        "start_at_zero": True,
+        "prefix_cache": False,
+        "cache_mib": 5,
+        "seed": 4,
+    }
+    shared_of: dict[str, Any] = {}
+
+    class Capturing(LocalContext):
+        def map(self, fn: Any, items: Any, *, shared: Any, key: str, name: str) -> list[Any]:
+            shared_of[name] = shared
+            return super().map(fn, items, shared=shared, key=key, name=name)
+
+    fields = {f"mrc_{name}": value for name, value in options.items()}
+    config = RiftConfig(**SMALL, **fields, eligible=("linear",))
+    rift.prepare(config, Capturing(task=task, start=robust))
+    assert shared_of["criticality"].config == CriticalityConfig(num_epochs=2, **options)
+    assert shared_of["adversarial examples"].seed == 4
+    assert shared_of["adversarial examples"].attack == ATTACK
 
 
 def test_subset_of_examples(task: Task, robust: Start) -> None:

@@ -37,6 +37,12 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 
+# With BatchNorm in train mode: not what one worker gets, but the same on every rank.
+BATCH_NORM: dict[str, Any] = {
+    "at": dataclasses.replace(AT, epochs=1),
+    "rift": dataclasses.replace(CONFIGS["rift"], epochs=1, bn_mode="update"),
+}
+
 
 class DataParallelEngine(PlainEngine):
     """The plain engine with its module wrapped."""
@@ -75,6 +81,13 @@ def worker(rank: int, world_size: int, port: int, task: Task, fresh: Start, fold
             )
             result = METHODS[name].train(config, context)
             saved[name] = {"state": dict(result.state), "epochs": list(result.tables["epochs"])}
+        for name, config in BATCH_NORM.items():
+            context = GlooContext(task=task, start=fresh, engine=DataParallelEngine(), **ranks)
+            result = METHODS[name].train(config, context)
+            saved[f"{name} with batch norm"] = {
+                "state": dict(result.state),
+                "epochs": list(result.tables["epochs"]),
+            }
         model = drifted(fresh, task, rank)
         share_buffers(model, GlooContext(task=task, start=fresh, **ranks))
         saved["buffers"] = dict(model.named_buffers())
@@ -115,6 +128,15 @@ def test_two_workers_train_what_one_trains(
         torch.testing.assert_close(first["state"][entry], value, rtol=1e-4, atol=1e-6)
     for row, expected in zip(first["epochs"], alone.tables["epochs"], strict=True):
         assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(BATCH_NORM))
+def test_workers_agree_where_batch_norm_sees_shares(name: str, ranks: list[Any]) -> None:
+    first, second = (rank[f"{name} with batch norm"] for rank in ranks)
+    assert first["epochs"] == second["epochs"]
+    assert all(
+        torch.equal(value, second["state"][entry]) for entry, value in first["state"].items()
+    )
 
 
 def test_every_rank_gets_rank_zeros_buffers(task: Task, fresh: Start, ranks: list[Any]) -> None:

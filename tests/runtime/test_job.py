@@ -47,7 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def dashboard(environment: dict[str, str]) -> Iterator[str]:
     """Start a head node on loopback for this module and stop exactly what was started."""
-    port, client = free_port(), free_port()
+    port, gcs, client, agent = (free_port() for _ in range(4))
     address = f"http://127.0.0.1:{port}"
     head = subprocess.Popen(
         [
@@ -56,10 +56,11 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
             "--head",
             "--block",
             "--num-cpus=2",
-            f"--port={client}",
+            f"--port={gcs}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={port}",
-            "--ray-client-server-port=0",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}",
             "--disable-usage-stats",
         ],
         env=environment,
@@ -80,12 +81,13 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
                 time.sleep(0.5)
         yield address
     finally:
-        tree = psutil.Process(head.pid).children(recursive=True)
-        head.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs([psutil.Process(head.pid), *tree], timeout=20)
-        for process in alive:
-            process.kill()
-        head.wait(timeout=20)
+        if head.poll() is None:
+            tree = psutil.Process(head.pid).children(recursive=True)
+            head.send_signal(signal.SIGTERM)
+            _, alive = psutil.wait_procs(tree, timeout=20)
+            for process in alive:
+                process.kill()
+            head.wait(timeout=20)
 
 
 def summary_of(storage: Path) -> dict[str, object]:

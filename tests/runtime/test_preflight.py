@@ -3,17 +3,23 @@
 import dataclasses
 import http.server
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from robustft.data import load_task
+from robustft.errors import RobustftError
+from robustft.methods.adversarial import ATConfig
 from robustft.models import Start, save_model
 from robustft.runtime import preflight
 from robustft.runtime.experiment import Experiment, experiment_from_dict, load_experiment
-from robustft.runtime.preflight import Finding, validate
+from robustft.runtime.preflight import Finding, refuse, validate
+from robustft.runtime.run import run
 
 AT = {"name": "at", "epochs": 1}
 
@@ -131,9 +137,12 @@ def test_choosing_on_test_is_a_warning() -> None:
     )
 
 
-def test_a_misspelt_metric_is_a_warning() -> None:
+def test_a_metric_that_the_method_does_not_report_is_refused() -> None:
     found = validate(experiment(search={"space": {"lr": [0.1]}, "metric": "val/claen"}))
-    assert "did you mean val/clean?" in texts(found, "warning")
+    assert "unknown search.metric 'val/claen': did you mean 'val/clean'?" in texts(found)
+    fine = experiment(search={"space": {"lr": [0.1]}, "metric": "val/start_clean"})
+    assert validate(fine) == []
+    assert "start_clean" in texts(validate(dataclasses.replace(fine, method=ATConfig())))
 
 
 def test_storage_must_be_a_folder_that_can_be_written(tmp_path: Path) -> None:
@@ -147,7 +156,7 @@ def test_storage_must_be_a_folder_that_can_be_written(tmp_path: Path) -> None:
 def test_a_full_disk_is_found(free: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=free))
-    assert "GiB left" in texts(validate(experiment()), level)
+    assert " left: free some space" in texts(validate(experiment()), level)
 
 
 @pytest.fixture
@@ -214,3 +223,54 @@ def test_errors_come_first() -> None:
     levels = [finding.level for finding in validate(bad)]
     assert levels == ["error", "error", "warning"]
     assert dataclasses.asdict(validate(bad)[0]).keys() == {"level", "text"}
+
+
+def test_weights_that_are_not_numbers_are_refused(checkpoint: Path) -> None:
+    state = load_file(checkpoint)
+    state[next(name for name in state if name.endswith("linear.weight"))].fill_(float("nan"))
+    damaged = checkpoint.with_name("damaged.safetensors")
+    save_file(state, damaged)
+    found = validate(experiment(start={"model": "small_resnet", "checkpoint": str(damaged)}))
+    assert "damaged.safetensors" in texts(found)
+    assert "NaN or infinite" in texts(found)
+
+
+def test_a_norm_that_attacks_do_not_know_is_found() -> None:
+    threats = [{"norm": "L1", "eps": 1}]
+    found = validate(experiment(task={"threat_models": threats, "limit_train": 20}))
+    assert "does not support norm 'L1'" in texts(found)
+
+
+def test_the_folder_of_caches_must_have_room_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("ROBUSTFT_HOME", str(tmp_path / "file" / "home"))
+    assert "with ROBUSTFT_HOME" in texts(validate(experiment()))
+    assert texts(validate(experiment(start={}, method=AT))) == ""
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"no Ray cluster answers at {address}" in texts(validate(experiment()))
+
+
+def test_a_run_is_refused_before_it_leaves_anything(tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    good = experiment(runtime={"storage": str(storage)})
+    task = load_task(good.task)
+    refuse(good, task, storage)
+    mistakes: dict[str, dict[str, Any]] = {
+        "unknown layer 'conv9'": {"method": {"name": "rift", "modules": "conv9"}},
+        "unknown search.metric": {"search": {"metric": "val/claen"}},
+        "asks for 9999 workers": {"runtime": {"workers": 9999}},
+    }
+    for sentence, change in mistakes.items():
+        bad = experiment(**{"runtime": {"storage": str(storage)}, **change})
+        with pytest.raises(RobustftError, match=sentence) as refusal:
+            run(bad, run_dir=storage / "mine" / "1")
+        assert refusal.value.exit_code == 2
+    assert not storage.exists()

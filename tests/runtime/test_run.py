@@ -19,7 +19,7 @@ from small import small_experiment
 from robustft.config import to_dict
 from robustft.errors import ConfigError, ResourceError
 from robustft.models import load_model_dir
-from robustft.runtime.experiment import dump_yaml, experiment_to_dict
+from robustft.runtime.experiment import Experiment, dump_yaml, experiment_to_dict
 from robustft.runtime.results import has_result, load_result
 from robustft.runtime.run import Report, rank_layers, resume, run
 
@@ -90,12 +90,17 @@ def test_mlflow_has_parent_stages_trials_and_the_registered_model(
             "SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'"
         ).fetchone()[0]
         metrics = {row[0] for row in database.execute("SELECT DISTINCT key FROM metrics")}
+        repeated = database.execute(
+            "SELECT COUNT(*) FROM (SELECT 1 FROM metrics GROUP BY run_uuid, key, step "
+            "HAVING COUNT(*) > 1)"
+        ).fetchone()[0]
         registered = database.execute("SELECT COUNT(*) FROM model_versions").fetchone()[0]
         inputs = database.execute("SELECT digest FROM datasets").fetchall()
-    assert finished.directory.name in {name for _, name, _ in runs}
+    assert f"rift {finished.directory.name}" in {name for _, name, _ in runs}
     assert {status for *_, status in runs} == {"FINISHED"}
     assert children >= 5
-    assert {"val/clean", "val/robust", "train/loss", "test/clean"} <= metrics
+    assert {"val/clean", "val/robust", "train/loss", "test/clean", "curve/clean"} <= metrics
+    assert repeated == 0
     assert any(name.startswith("mrc/") for name in metrics)
     assert registered == 1
     assert inputs
@@ -129,22 +134,33 @@ def kill_once(name: str, ready: Path, pattern: str, killed: list[int]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_trial_ends_with_the_undisturbed_weights(storage: Path, tmp_path: Path) -> None:
-    space = {"modules": ["mrc-1"], "lr": [0.01]}
-    # Long enough to be killed between its first checkpoint and its end.
-    method = {**to_dict(small_experiment(storage).method), "name": "rift", "epochs": 30}
-    calm = run(small_experiment(storage, name="calm", method=method, search={"space": space}))
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("workers", "process", "checkpoints"),
+    [
+        (1, "ray::ImplicitFunc", "search/tune/*/checkpoint_*"),
+        (2, "ray::RayTrainWorker", "search/train/*/checkpoint_*"),
+    ],
+)
+def test_a_killed_worker_ends_with_the_undisturbed_weights(
+    storage: Path, tmp_path: Path, workers: int, process: str, checkpoints: str
+) -> None:
+    if (os.cpu_count() or 1) < workers:
+        pytest.skip(f"needs {workers} CPUs")
+
+    def experiment(name: str) -> Experiment:
+        # Long enough to be killed between its first checkpoint and its end.
+        method = {**to_dict(small_experiment(storage).method), "name": "rift", "epochs": 30}
+        search = {"space": {"modules": ["mrc-1"], "lr": [0.01]}}
+        runtime = {"workers_per_trial": workers}
+        return small_experiment(storage, name=name, method=method, search=search, runtime=runtime)
+
+    calm = run(experiment("calm"))
     killed: list[int] = []
     directory = tmp_path / "disturbed"
-    killer = threading.Thread(
-        target=kill_once,
-        args=("ray::ImplicitFunc", directory, "search/tune/*/checkpoint_*", killed),
-    )
+    killer = threading.Thread(target=kill_once, args=(process, directory, checkpoints, killed))
     killer.start()
-    disturbed = run(
-        small_experiment(storage, name="disturbed", method=method, search={"space": space}),
-        run_dir=directory,
-    )
+    disturbed = run(experiment("disturbed"), run_dir=directory)
     killer.join()
     assert killed
     ((_, calm_state),) = trial_results(calm.directory).values()
@@ -153,6 +169,7 @@ def test_a_killed_trial_ends_with_the_undisturbed_weights(storage: Path, tmp_pat
     assert disturbed.summary["after"] == calm.summary["after"]
 
 
+@pytest.mark.cluster
 def test_a_killed_driver_resumes_without_repeating_trials(
     finished: Report, storage: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +209,7 @@ def test_a_killed_driver_resumes_without_repeating_trials(
     assert report.summary["after"] == finished.summary["after"]
 
 
+@pytest.mark.cluster
 def test_two_workers_per_trial_equal_one(finished: Report, storage: Path) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two CPUs")
@@ -211,6 +229,7 @@ def test_two_workers_per_trial_equal_one(finished: Report, storage: Path) -> Non
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cluster
 def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(storage: Path) -> None:
     space = {"modules": ["all"], "lr": [1e30, 0.001]}
     report = run(small_experiment(storage, name="diverging", search={"space": space}))
@@ -227,6 +246,7 @@ def test_more_workers_than_the_cluster_has_are_refused(storage: Path) -> None:
         run(experiment)
 
 
+@pytest.mark.cluster
 def test_an_unreachable_mlflow_does_not_stop_a_run(storage: Path, tmp_path: Path) -> None:
     experiment = small_experiment(
         storage,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -84,8 +84,7 @@ class Task:
     selection: Selection = "val"
 
     def __post_init__(self) -> None:
-        if not self.threat_models:
-            raise ConfigError("a task needs at least one threat model, e.g. Linf 8/255")
+        check_threats(self.threat_models)
         for name in ("train", "val", "test"):
             if name not in self.splits:
                 raise UnknownNameError("split", name, self.splits)
@@ -108,6 +107,17 @@ class Task:
     def leaky(self) -> bool:
         """True if the numbers reported on "test" come from examples that also chose the model."""
         return self.selection == "official"
+
+
+def check_threats(threats: Sequence[ThreatModel]) -> None:
+    """Raise ConfigError unless there is a threat model and no norm occurs twice."""
+    if not threats:
+        raise ConfigError("threat_models is empty: give at least one, e.g. Linf 8/255")
+    if len({threat.norm for threat in threats}) < len(threats):
+        raise ConfigError(
+            f"threat_models = {', '.join(map(str, threats))}: of two radii of one norm the larger "
+            "includes the smaller; keep that one"
+        )
 
 
 def content_digest(*arrays: NDArray[np.generic]) -> str:

@@ -4,6 +4,7 @@ Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261. The files hold the test p
 corruption; nothing is generated here (:mod:`robustft.data.corruptions` does that).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.data.base import Split
+from robustft.data.base import Split, Task
 from robustft.data.decode import decode_files
 from robustft.data.folders import picture_files
 from robustft.data.source import find_folder, make_split
 from robustft.errors import ConfigError, DataError, UnknownNameError
 
-__all__ = ["available_corruptions", "read_cifar_c", "read_tiny_imagenet_c"]
+__all__ = [
+    "PublishedSet",
+    "available_corruptions",
+    "find_published",
+    "read_cifar_c",
+    "read_published",
+    "read_tiny_imagenet_c",
+]
 
 SEVERITIES = 5
 CIFAR_TEST = 10_000
+CIFAR_SIZE, TINY_SIZE = 32, 64
 CIFAR_FOLDERS = ("CIFAR-10-C", "CIFAR-100-C")
 TINY_FOLDER = "Tiny-ImageNet-C"
-TINY_SIZE = 64
+PUBLISHED = {
+    "cifar10": "CIFAR-10-C",
+    "cifar100": "CIFAR-100-C",
+    "tiny_imagenet": TINY_FOLDER,
+}
+"""Data set -> folder of its published corrupted test set."""
+GENERATE = "so that corruptions are generated"
 
 
 def available_corruptions(root: str | Path) -> tuple[str, ...]:
@@ -42,6 +57,94 @@ def available_corruptions(root: str | Path) -> tuple[str, ...]:
             "and labels.npy) or Tiny-ImageNet-C.tar (<type>/<severity>/<class>/*.JPEG) there"
         )
     return tuple(sorted(names))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedSet:
+    """Where the published corrupted test set of a task's data lies.
+
+    Args:
+        data: name of the data set.
+        folder: with the files.
+        class_names: of the task.
+    """
+
+    data: str
+    folder: Path
+    class_names: tuple[str, ...]
+
+
+def find_published(task: Task, root: str | Path, types: Sequence[str]) -> PublishedSet:
+    """Return the published corrupted test set of a task's data.
+
+    Args:
+        task: its ``name`` says which set.
+        root: folder of the set, or the one above it.
+        types: what must be in it.
+
+    Raises:
+        ConfigError: no corrupted set was published for the data, or not in the pictures' size.
+        DataError: types are missing; the text says what to put where.
+    """
+    if task.name not in PUBLISHED:
+        raise ConfigError(
+            f"no corrupted set was published for {task.name}, only for {', '.join(PUBLISHED)}: "
+            f"leave corrupted_root out, {GENERATE}"
+        )
+    archive = PUBLISHED[task.name]
+    size = TINY_SIZE if archive == TINY_FOLDER else CIFAR_SIZE
+    if task.image_shape != (3, size, size):
+        raise ConfigError(
+            f"{archive} has {size}x{size} colour pictures and the task's have the shape "
+            f"{list(task.image_shape)}: leave corrupted_root out, {GENERATE}"
+        )
+    root = Path(root).expanduser().absolute()
+    folder = find_folder(root, archive) or root
+    missing = sorted(set(types) - set(available_corruptions(folder)))
+    if missing:
+        layout = "<type>/<severity>/<class>/*.JPEG" if archive == TINY_FOLDER else "<type>.npy"
+        raise DataError(
+            f"{folder} lacks {', '.join(missing)}: unpack {archive}.tar there ({layout}), "
+            f"or leave corrupted_root out, {GENERATE}"
+        )
+    return PublishedSet(data=task.name, folder=folder, class_names=task.class_names)
+
+
+def read_published(published: PublishedSet, name: str, severity: int, *, clean: Split) -> Split:
+    """Read the published corrupted versions of ``clean``, row by row the same pictures.
+
+    Args:
+        published: what ``find_published`` returned.
+        name: type of corruption.
+        severity: 1 to 5.
+        clean: pictures of the original test split in any order; rows are found by their ids.
+
+    Raises:
+        DataError: files are missing or damaged, or lack a picture of ``clean``, or give it
+            another label.
+    """
+    folder, data = published.folder, published.data
+    if PUBLISHED[data] == TINY_FOLDER:
+        found = read_tiny_imagenet_c(folder, name, severity, wnids=published.class_names)
+    else:
+        found = read_cifar_c(folder, name, severity, num_images=CIFAR_TEST)
+    order = np.argsort(found.ids)
+    places = np.searchsorted(found.ids, clean.ids, sorter=order)
+    rows = order[places.clip(max=len(order) - 1)]
+    strangers = int((found.ids[rows] != clean.ids).sum())
+    if strangers:
+        raise DataError(
+            f"{strangers} of {len(clean)} pictures are not in {folder}, which holds the test "
+            f"pictures of {data} alone: evaluate test examples, or leave corrupted_root out, "
+            f"{GENERATE}"
+        )
+    others = int((found.labels[rows] != clean.labels).sum())
+    if others:
+        raise DataError(
+            f"{others} of {len(clean)} pictures have another label in {folder} than in {data}: "
+            f"put {PUBLISHED[data]} there, in its original order"
+        )
+    return found.take(rows)
 
 
 def read_cifar_c(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.data.base import Selection, Split, Task, content_digest
+from robustft.data.base import Selection, Split, Task, check_threats, content_digest
 from robustft.data.datasets import DATASETS, DatasetEntry, load_dataset
 from robustft.data.decode import BLOCK
 from robustft.data.home import MEMORY_LIMIT, cached_images
@@ -66,8 +66,7 @@ class TaskConfig:
             raise UnknownNameError("data set", self.data, DATASETS)
         if self.selection not in SELECTIONS:
             raise UnknownNameError("selection", str(self.selection), SELECTIONS)
-        if not self.threat_models:
-            raise ConfigError("threat_models is empty: give at least one, e.g. Linf 8/255")
+        check_threats(self.threat_models)
         for name in ("val_size", "limit_train", "limit_val", "limit_test"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -20,12 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from robustft.attacks import apgd, pgd
+from robustft.attacks import apgd, attack_mode, pgd
 from robustft.data import C15, RIFT18, Split, Task, corrupt, supported
+from robustft.data.base import content_digest
+from robustft.data.corrupted_sets import PublishedSet, find_published, read_published
 from robustft.errors import ConfigError, UnknownNameError
 from robustft.evaluation.intervals import mean_interval, wilson
 from robustft.models import state_digest
 from robustft.threat import ThreatModel
+from robustft.training.precision import full_float32
 
 __all__ = ["SUITES", "Evaluation", "EvaluationConfig", "evaluate"]
 
@@ -72,10 +75,13 @@ class EvaluationConfig:
     """Restarts of APGD, >= 1."""
     corruption_set: str = "c15"
     """c15: the 15 standard types; rift18: the 18 types of RiFT's official code."""
+    corrupted_root: str | None = None
+    """Folder of the published CIFAR-10-C, CIFAR-100-C or Tiny-ImageNet-C files, or the one above
+    it; every node must see it. None: corruptions are generated."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Corruption severities, each 1 to 5."""
     limit: int | None = None
-    """Evaluate only so many examples, drawn with a fixed seed; None: all."""
+    """Evaluate only so many examples, >= 1, drawn with a fixed seed; None: all."""
     corruption_limit: int | None = None
     """The same for corruptions only."""
     shard_size: int = 500
@@ -86,13 +92,15 @@ class EvaluationConfig:
     """Seed of attack noise and corruption noise."""
 
     def __post_init__(self) -> None:
-        for name in ("pgd_steps", "pgd_restarts", "apgd_steps", "apgd_restarts", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluation.{name} = {getattr(self, name)} must be at least 1")
-        if self.batch_size < 1:
-            raise ConfigError(f"evaluation.batch_size = {self.batch_size} must be at least 1")
+        counts = ("pgd_steps", "pgd_restarts", "apgd_steps", "apgd_restarts")
+        for name in (*counts, "limit", "corruption_limit", "shard_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluation.{name} = {value} must be at least 1")
         if not self.severities or any(not 1 <= s <= 5 for s in self.severities):
             raise ConfigError(f"evaluation.severities = {self.severities} must be within 1 to 5")
+        if len(set(self.severities)) < len(self.severities):
+            raise ConfigError(f"evaluation.severities = {self.severities} names one twice")
         if self.corruption_set not in CORRUPTION_SETS:
             raise UnknownNameError("corruption set", self.corruption_set, CORRUPTION_SETS)
         measures(self.suite)
@@ -102,7 +110,7 @@ def measures(suite: str) -> tuple[str, ...]:
     """Return the measurements of a suite name or of a comma-separated list of measurements."""
     if suite in SUITES:
         return SUITES[suite]
-    names = tuple(name.strip() for name in suite.split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for name in suite.split(",") if name.strip()))
     for name in names or (suite,):
         if name not in MEASURES:
             raise UnknownNameError("evaluation suite or measurement", name, [*SUITES, *MEASURES])
@@ -244,6 +252,8 @@ def evaluate(
 
     Raises:
         UnknownNameError: no such suite or split.
+        ConfigError: ``config.corrupted_root`` for data that has no published corrupted set.
+        DataError: its files are missing or damaged, or hold other pictures than the split.
     """
     config = config or EvaluationConfig()
     if suite is not None:
@@ -255,6 +265,9 @@ def evaluate(
     items = _items(config, task, len(data), num_corrupted)
     shared = {"model": model, "split": data, "config": config, "device": device}
     key = _key(model, data, task.digest, config)
+    if any(item.get("source") == "files" for item in items):
+        clean = data.take(np.arange(num_corrupted))
+        shared["published"], key = _published(items, task, config, clean, key)
     run = map or _loop
     values = run(measure_shard, items, shared=shared, key=key, name=f"evaluate {split}")
     masks: dict[str, list[NDArray[np.bool_]]] = {}
@@ -266,6 +279,7 @@ def evaluate(
         ids=data.ids,
         settings={
             **dataclasses.asdict(config),
+            "corruptions": _source(config),
             "task": task.name,
             "task_digest": task.digest,
             "threat_models": [str(threat) for threat in task.threat_models],
@@ -276,30 +290,28 @@ def evaluate(
     )
 
 
+@full_float32()
 def measure_shard(shared: Mapping[str, Any], item: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one shard: ``{"correct": bool [n], "num_forwards": int, "num_backwards": int}``."""
     model: nn.Module = shared["model"]
     if shared["device"] is not None:
         model = model.to(shared["device"])
     config: EvaluationConfig = shared["config"]
-    data: Split = shared["split"]
+    data: Split = shared["split"].take(np.arange(item["first"], item["last"]))
+    if item.get("source") == "files":
+        data = read_published(shared["published"], item["type"], item["severity"], clean=data)
     device = next(iter(model.parameters())).device
     correct, forwards, backwards = [], 0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(item["first"], item["last"], config.batch_size):
-            rows = slice(first, min(first + config.batch_size, item["last"]))
-            # The copy is deliberate: mapped arrays are read-only.
-            images = torch.from_numpy(data.images[rows].copy()).to(device).float().div_(255)
-            labels = torch.from_numpy(data.labels[rows].copy()).to(device)
-            ids = torch.from_numpy(data.ids[rows].copy()).to(device)
+    with attack_mode(model):
+        for first in range(0, len(data), config.batch_size):
+            rows = slice(first, first + config.batch_size)
+            images = torch.from_numpy(data.images[rows]).to(device).float().div_(255)
+            labels = torch.from_numpy(data.labels[rows]).to(device)
+            ids = torch.from_numpy(data.ids[rows]).to(device)
             mask, num_forwards, num_backwards = _measure(model, images, labels, ids, item, config)
             correct.append(mask)
             forwards += num_forwards
             backwards += num_backwards
-    finally:
-        model.train(was_training)
     outcomes = torch.cat(correct).cpu().numpy()
     return {"correct": outcomes, "num_forwards": forwards, "num_backwards": backwards}
 
@@ -314,7 +326,7 @@ def _measure(
 ) -> tuple[torch.Tensor, int, int]:
     """Return who is right, and the passes over single images."""
     measure = item["measure"]
-    if measure == "corruptions":
+    if measure == "corruptions" and item["source"] == "generated":
         images = corrupt(images, item["type"], item["severity"], sample_ids=ids, seed=config.seed)
     with torch.no_grad():
         correct = model(images).argmax(dim=1) == labels
@@ -373,10 +385,39 @@ def _variants(
             if supported(kind, image_shape):
                 for severity in config.severities:
                     name = f"corruption/{kind}/{severity}"
-                    yield {"name": name, "type": kind, "severity": severity}
+                    source = _source(config)
+                    yield {"name": name, "type": kind, "severity": severity, "source": source}
     else:
         for threat in threats:
             yield {"name": f"{threat.norm}/{measure}", "norm": threat.norm, "eps": threat.eps}
+
+
+def _source(config: EvaluationConfig) -> str:
+    return "generated" if config.corrupted_root is None else "files"
+
+
+def _published(
+    items: Sequence[Mapping[str, Any]],
+    task: Task,
+    config: EvaluationConfig,
+    clean: Split,
+    key: str,
+) -> tuple[PublishedSet, str]:
+    """Return where the files are, and ``key`` with their content.
+
+    All of them are read once before any work starts: a file that is missing, damaged or of
+    another data set must not end an evaluation in its last hour.
+    """
+    wanted = [
+        (item["type"], item["severity"]) for item in items if item["measure"] == "corruptions"
+    ]
+    assert config.corrupted_root is not None
+    found = find_published(task, config.corrupted_root, [kind for kind, _ in wanted])
+    digest = hashlib.sha256(key.encode())
+    for kind, severity in dict.fromkeys(wanted):
+        pictures = read_published(found, kind, severity, clean=clean).images
+        digest.update(content_digest(pictures).encode())
+    return found, digest.hexdigest()
 
 
 def _limited(split: Split, config: EvaluationConfig) -> Split:
@@ -392,7 +433,9 @@ def _limited(split: Split, config: EvaluationConfig) -> Split:
 def _key(model: nn.Module, data: Split, task_digest: str, config: EvaluationConfig) -> str:
     """Name what all shards share by its content."""
     # How the work is cut and where it runs does not belong to the content.
-    settings = dataclasses.replace(config, shard_size=1, batch_size=1, suite="clean")
+    settings = dataclasses.replace(
+        config, shard_size=1, batch_size=1, suite="clean", corrupted_root=None
+    )
     digest = hashlib.sha256(state_digest(model.state_dict()).encode())
     digest.update(type(model).__qualname__.encode())
     digest.update(np.ascontiguousarray(data.ids).tobytes())

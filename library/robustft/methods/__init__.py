@@ -25,6 +25,7 @@ METHODS: dict[str, Method] = {
         paper="Zhu, Hu, Wang, Xie, Yang, 2023, arXiv 2308.02533",
         prepare=rift.prepare,
         prepare_fields=rift.PREPARE_FIELDS,
+        metrics=("val/clean", "val/robust", "val/start_clean", "val/start_robust", "movement"),
         needs_start=True,
     ),
 }

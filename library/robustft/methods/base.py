@@ -47,6 +47,7 @@ class Method:
             where ``context.map`` fans out; trials find its value in ``context.prepared``.
         prepare_fields: names of the config fields that ``prepare`` depends on; a search may not
             vary them.
+        metrics: names that ``Result.metrics`` always has; a search maximises one of them.
         needs_start: True if it repairs a trained (robust) model and must not begin from fresh
             weights.
     """
@@ -57,4 +58,5 @@ class Method:
     paper: str
     prepare: Callable[[Any, RunContext], Mapping[str, Any]] | None = None
     prepare_fields: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("val/clean", "val/robust")
     needs_start: bool = False

@@ -4,12 +4,11 @@ Zhu, Hu, Wang, Xie, Yang, "Improving Generalization of Adversarial Training via 
 Fine-Tuning", 2023, arXiv 2308.02533, definition 3.1 and algorithm 1 (lines 1-19).
 """
 
-import contextlib
 import copy
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustft.errors import ConfigError, UnknownNameError
+from robustft.errors import ConfigError, NonFiniteLossError, UnknownNameError
 from robustft.models import part_of, parts, resolve_layer, weight_layers
 from robustft.models.start import Start
 from robustft.training.checks import require_at_least, require_choice, require_range
+from robustft.training.precision import full_float32
 from robustft.training.seeding import generator
 
 __all__ = [
@@ -151,6 +151,7 @@ def module_robust_criticality(
     Raises:
         UnknownNameError: no layer is called that; the nearest is proposed.
         ConfigError: an option out of its range, or no examples.
+        NonFiniteLossError: the loss is NaN or infinite before any weight has moved.
 
     Note:
         Where paper and published code differ we follow the code, since the published numbers come
@@ -207,18 +208,7 @@ def criticality_of_layer(work: CriticalityWork, layer: str) -> dict[str, Any]:
     return dataclasses.asdict(_ascend(model, layer, inputs, labels, work.config))
 
 
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Keep TF32 out of convolutions: long ascents at rate 1 turn its rounding into other ranks."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-@_full_float32()
+@full_float32()
 def _ascend(
     model: nn.Module, name: str, inputs: Tensor, labels: Tensor, config: CriticalityConfig
 ) -> Criticality:
@@ -229,6 +219,11 @@ def _ascend(
     original = weight.detach().clone()
     radius = config.eps * original.double().norm()
     base_loss, base_accuracy = _loss_and_accuracy(forward, features, labels, config.batch_size)
+    if not math.isfinite(base_loss):
+        raise NonFiniteLossError(
+            f"the starting model's loss is {base_loss} on the stored adversarial examples, so no "
+            "layer's criticality means anything: start from other weights"
+        )
     best_loss, best_accuracy, movement = base_loss, base_accuracy, 0.0
     if config.start_at_zero:
         best_loss = 0.0
@@ -273,7 +268,7 @@ def _cached_prefix(
     pieces = [run for _, run in parts(model)]
     prefix, suffix = _chain(pieces[:position]), _chain(pieces[position:])
     with torch.no_grad():
-        sample = prefix(inputs[:1])
+        sample = prefix(inputs[:1].clone())
         needed = sample.numel() * sample.element_size() * len(inputs)
         if needed > config.cache_mib * BYTES_PER_MIB:
             return inputs, model

@@ -18,6 +18,7 @@ from robustft.methods.rift_config import RiftConfig
 from robustft.models.start import Start
 from robustft.threat import ThreatModel
 from robustft.training.loaders import rows
+from robustft.training.precision import full_float32
 from robustft.training.seeding import generator
 
 __all__ = ["CurveWork", "curve_point", "interpolate", "select_alpha"]
@@ -134,6 +135,7 @@ class CurveWork:
     device: str
 
 
+@full_float32()
 def curve_point(work: CurveWork, alpha: float) -> dict[str, Any]:
     """Return clean and robust accuracy (fractions) at one alpha: the unit of fan-out.
 

@@ -45,6 +45,7 @@ from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader, rows
 from robustft.training.loop import Best, cpu_state, run_epoch, share_buffers
 from robustft.training.optimizers import build_optimizer
+from robustft.training.precision import full_float32
 from robustft.training.seeding import derive_seed, generator
 
 __all__ = [
@@ -80,6 +81,7 @@ class CraftWork:
     device: str
 
 
+@full_float32()
 def craft_shard(work: CraftWork, begin: int) -> dict[str, NDArray[np.float32]]:
     """Return the adversarial examples of rows ``begin`` to ``begin + batch_size``."""
     device = torch.device(work.device)
@@ -405,10 +407,10 @@ def train(config: RiftConfig, context: RunContext) -> Result:
         "val/robust": at[alpha]["robust"],
         "val/start_clean": at[0]["clean"],
         "val/start_robust": at[0]["robust"],
-        "val/tuned_clean": curve[-1]["clean"],
-        "val/tuned_robust": curve[-1]["robust"],
         "movement": _relative_movement(start_state, changed),
     }
+    if 1 in at:
+        metrics |= {"val/tuned_clean": at[1]["clean"], "val/tuned_robust": at[1]["robust"]}
     return Result(
         state=interpolate(start_state, tuned_state, alpha),
         metrics=metrics,

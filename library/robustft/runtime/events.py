@@ -7,11 +7,15 @@ neither MLflow nor a terminal.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from robustft.runtime.results import write_json
 
 __all__ = ["Clock", "Event", "EventPump", "Sender", "busy"]
 
@@ -107,12 +111,38 @@ def busy(send: Sender, stage: str, run: str = "") -> Iterator[None]:
 
 
 class Clock:
-    """Adds up, per stage and in all, the time in which some method code ran somewhere."""
+    """Adds up, per stage and in all, the time in which some method code ran somewhere.
+
+    A run that is resumed goes on with the times of its earlier sessions.
+
+    Args:
+        began: when this session began, in seconds since 1970.
+    """
 
     def __init__(self, began: float) -> None:
         self.began = began
         self._spans: list[tuple[float, float]] = []
         self._stages: dict[str, float] = {}
+        self._earlier = {"wall": 0.0, "busy": 0.0}
+        self._path: Path | None = None
+
+    def keep(self, path: Path) -> None:
+        """Add the times that ``path`` holds, and write them there after every stage."""
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self._earlier = {name: float(record[name]) for name in self._earlier}
+            for name, seconds in record["stages"].items():
+                self._stages[name] = self._stages.get(name, 0.0) + seconds
+        self._path = path
+
+    def save(self, now: float | None = None) -> None:
+        """Write the times so far, if they are to be kept."""
+        if self._path is not None:
+            wall, share = self.overhead(now)
+            write_json(
+                self._path,
+                {"wall": wall, "busy": (1.0 - share) * wall, "stages": self._stages},
+            )
 
     def __call__(self, event: Event) -> None:
         if event["kind"] == "busy":
@@ -126,6 +156,7 @@ class Clock:
             yield
         finally:
             self._stages[name] = self._stages.get(name, 0.0) + time.time() - began
+            self.save()
 
     def stages(self) -> Mapping[str, float]:
         """Return stage -> wall seconds."""
@@ -134,8 +165,8 @@ class Clock:
     def overhead(self, now: float | None = None) -> tuple[float, float]:
         """Return (wall seconds, share of them in which no method code ran anywhere)."""
         now = time.time() if now is None else now
-        wall = now - self.began
-        covered, reached = 0.0, self.began
+        wall = self._earlier["wall"] + now - self.began
+        covered, reached = self._earlier["busy"], self.began
         for began, ended in sorted(self._spans):
             began, ended = max(began, reached), min(ended, now)
             if ended > began:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from robustft.config import config_hash
 from robustft.data import Task
+from robustft.data.home import home
 from robustft.evaluation import Evaluation
 from robustft.evaluation.report import ReportData, Stage, SummaryRow, summary_row, write_report
 from robustft.methods import METHODS, Result
@@ -114,7 +115,6 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def start_cache(experiment: Experiment, task: Task) -> Path:
     """Return where the trained start of this configuration is kept, under ROBUSTFT_HOME."""
-    home = Path(os.environ.get("ROBUSTFT_HOME", "~/.robustft")).expanduser()
     identity = {
         "start": experiment_to_dict(experiment)["start"],
         "task": task.digest,
@@ -123,7 +123,7 @@ def start_cache(experiment: Experiment, task: Task) -> Path:
         # Gradients of data-parallel workers are summed in another order.
         "workers": experiment.runtime.workers,
     }
-    return home / "starts" / config_hash(identity, length=20)
+    return home() / "starts" / config_hash(identity, length=20)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -365,7 +365,10 @@ def summary_rows(experiment: Experiment, found: Found) -> list[SummaryRow]:
         kind = "clean" if name == "clean" else "robust"
         title = name
         if name == "corruptions":
-            kind, title = "corruptions", f"Corruptions ({config.corruption_set})"
+            kind, title = (
+                "corruptions",
+                f"Corruptions ({config.corruption_set}, {found.after[0].settings['corruptions']})",
+            )
         elif name == "clean":
             title = "Clean"
         else:

@@ -1,20 +1,31 @@
 """What can be found wrong with an experiment before anything starts: ``robustft validate``."""
 
 import dataclasses
+import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from robustft.attacks import pgd
 from robustft.data import Task, load_task
-from robustft.errors import ConfigError, ResourceError, RobustftError, nearest
+from robustft.data.home import home
+from robustft.errors import (
+    ConfigError,
+    ResourceError,
+    RobustftError,
+    UnknownNameError,
+)
 from robustft.methods import METHODS
 from robustft.methods.criticality import eligible_layers
 from robustft.methods.rift import RiftConfig, choose_modules
@@ -22,11 +33,13 @@ from robustft.models import load_start, weight_layers
 from robustft.models.start import Start
 from robustft.runtime.experiment import Experiment, method_name
 from robustft.runtime.search import with_values
-from robustft.runtime.session import Session, connect, storage_root
+from robustft.runtime.session import Session, connect, ray_address, storage_root
 from robustft.runtime.spool import mask
 from robustft.runtime.tracking import default_uri
 
-__all__ = ["Finding", "validate"]
+__all__ = ["Finding", "refuse", "require_workers", "validate"]
+
+log = logging.getLogger(__name__)
 
 GIB = 1024**3
 NEEDED_BYTES = GIB // 2
@@ -35,8 +48,6 @@ COMFORTABLE_BYTES = 4 * GIB
 """Below this much a warning."""
 ANSWER_SECONDS = 3.0
 """How long MLflow may take to say that it is there."""
-COMMON_METRICS = ("val/clean", "val/robust")
-"""Every method reports these."""
 GREY_RADIUS = 0.5
 """From this Linf radius on an attack can turn every image into the same grey one."""
 
@@ -79,6 +90,49 @@ def validate(experiment: Experiment) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.level != "error")
 
 
+def refuse(experiment: Experiment, task: Task, folder: Path) -> None:
+    """Raise the first error that ``validate`` would find without a network; log its warnings.
+
+    Args:
+        experiment: what is about to run.
+        task: its data.
+        folder: where it will write.
+
+    Raises:
+        RobustftError: with one sentence that names the remedy.
+    """
+    checks = (
+        partial(_check_model, experiment, task),
+        partial(_check_threats, experiment),
+        partial(_check_leaks, experiment),
+        partial(_check_metric, experiment),
+        partial(_check_folders, experiment, folder),
+        partial(_check_machine, experiment),
+    )
+    for check in checks:
+        for finding in check():
+            if finding.level == "error":
+                raise ConfigError(finding.text)
+            log.warning(finding.text)
+
+
+def require_workers(session: Session, experiment: Experiment) -> None:
+    """Refuse an experiment that asks for more workers than the cluster can ever offer.
+
+    Raises:
+        ResourceError: naming what is asked, what there is, and what to change.
+    """
+    runtime = experiment.runtime
+    wanted = {runtime.workers, runtime.workers_per_trial if experiment.search.space else 1}
+    for workers in sorted(wanted):
+        session.require(
+            workers,
+            cpus=runtime.cpus_per_worker or 1,
+            gpus=runtime.gpus_per_worker,
+            growing=runtime.autoscaling,
+        )
+
+
 def _caught(check: Callable[[], Findings]) -> Findings:
     """Yield what ``check`` finds; an error that it raises is a finding too."""
     try:
@@ -89,12 +143,23 @@ def _caught(check: Callable[[], Findings]) -> Findings:
 
 def _check_content(experiment: Experiment) -> Findings:
     """Data, then the model that fits them, then the layers of that model."""
-    task = load_task(experiment.task)
+    yield from _check_model(experiment, load_task(experiment.task))
+
+
+def _check_model(experiment: Experiment, task: Task) -> Findings:
     model = _load_start(experiment, task).build()
+    _attack_once(model, task)
     for field, value in _searched(experiment):
         yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
     if "modules" not in experiment.search.space:
         yield from _caught(partial(_check_value, experiment.method, {}, model))
+
+
+def _attack_once(model: nn.Module, task: Task) -> None:
+    """Attack a black image by one step: raises if model, pictures and norms do not fit together."""
+    for threat in task.threat_models:
+        image, label = torch.zeros(1, *task.image_shape), torch.zeros(1, dtype=torch.long)
+        pgd(model, image, label, norm=threat.norm, eps=threat.eps, num_steps=1)
 
 
 def _load_start(experiment: Experiment, task: Task) -> Start:
@@ -179,32 +244,42 @@ def _check_leaks(experiment: Experiment) -> Findings:
 
 
 def _check_metric(experiment: Experiment) -> Findings:
-    metric = experiment.search.metric
-    if experiment.search.space and metric not in COMMON_METRICS:
-        guess = nearest(metric, COMMON_METRICS)
-        hint = f"did you mean {guess}?" if guess else f"every method has {COMMON_METRICS}"
-        yield Finding(
-            "warning", f"search.metric = {metric!r} is not one that every method reports: {hint}"
-        )
+    metric, known = experiment.search.metric, METHODS[method_name(experiment.method)].metrics
+    if metric not in known:
+        raise UnknownNameError("search.metric", metric, known)
+    yield from ()
 
 
 def _check_storage(experiment: Experiment) -> Findings:
-    storage = storage_root(experiment.runtime)
-    existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
+    yield from _check_folders(experiment, storage_root(experiment.runtime))
+
+
+def _check_folders(experiment: Experiment, storage: Path) -> Findings:
+    yield from _check_folder(storage, "runs", "runtime.storage")
+    if experiment.start.checkpoint is None and experiment.start.method is not None:
+        yield from _check_folder(home(), "trained starting models", "ROBUSTFT_HOME")
+
+
+def _check_folder(folder: Path, what: str, setting: str) -> Findings:
+    """Look whether ``folder``, or where it would be made, can be written and has room."""
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            free = shutil.disk_usage(existing).free
+        existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(1))
+            file.flush()
+        free = shutil.disk_usage(existing).free
     except OSError as error:
         raise ResourceError(
-            f"cannot write runs to {storage} ({error.strerror or error}): choose another folder "
-            "with runtime.storage"
+            f"cannot write {what} to {folder} ({error.strerror or error}): choose another folder "
+            f"with {setting}"
         ) from error
     if free < COMFORTABLE_BYTES:
         level: Literal["error", "warning"] = "error" if free < NEEDED_BYTES else "warning"
+        size = f"{free / GIB:.1f} GiB" if free > GIB // 10 else f"{free / 2**20:.0f} MiB"
         yield Finding(
             level,
-            f"the disk of {storage} has {free / GIB:.1f} GiB left: free some space, or choose "
-            "another folder with runtime.storage",
+            f"the disk of {folder} has {size} left: free some space, or choose another folder "
+            f"with {setting}",
         )
 
 
@@ -228,30 +303,28 @@ def _check_tracking(experiment: Experiment) -> Findings:
 
 def _check_resources(experiment: Experiment) -> Findings:
     runtime = experiment.runtime
-    if runtime.address or os.environ.get("RAY_ADDRESS"):
+    if ray_address(runtime) is not None:
         with connect(runtime) as session:
-            yield from _check_wanted(session, experiment)
+            require_workers(session, experiment)
     else:
-        yield from _check_wanted(_this_machine(), experiment)
+        require_workers(_this_machine(), experiment)
+    yield from ()
+
+
+def _check_machine(experiment: Experiment) -> Findings:
+    """Before Ray starts, if it would be embedded: what the machine lacks, it will lack as well."""
+    if ray_address(experiment.runtime) is None and not _ray_is_running():
+        require_workers(_this_machine(), experiment)
+    yield from ()
+
+
+def _ray_is_running() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _this_machine() -> Session:
     """Return what an embedded Ray will find."""
-    import torch
-
     cpus = os.cpu_count() or 1
     gpus = torch.cuda.device_count()
     return Session(embedded=True, num_cpus=cpus, num_gpus=gpus, largest_node_cpus=cpus)
-
-
-def _check_wanted(session: Session, experiment: Experiment) -> Findings:
-    runtime = experiment.runtime
-    wanted = {runtime.workers, runtime.workers_per_trial if experiment.search.space else 1}
-    for workers in sorted(wanted):
-        session.require(
-            workers,
-            cpus=runtime.cpus_per_worker or 1,
-            gpus=runtime.gpus_per_worker,
-            growing=runtime.autoscaling,
-        )
-    yield from ()

@@ -1,6 +1,6 @@
 """What a run tells MLflow: the experiment's run, one child per stage and trial, the final model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,17 @@ from robustft.methods import Result
 from robustft.runtime.events import Event
 from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
 from robustft.runtime.outputs import Found, commit
+from robustft.runtime.search import Trial
 from robustft.runtime.tracking import Tracker
 
-__all__ = ["TrackingListener", "log_finished", "log_prepared", "log_stage", "start_parent"]
+__all__ = [
+    "TrackingListener",
+    "log_finished",
+    "log_prepared",
+    "log_stage",
+    "log_trials",
+    "start_parent",
+]
 
 FILES = ("config.yaml", "summary.json", "trials.parquet", "curves.parquet", "report.html")
 
@@ -28,7 +36,8 @@ def start_parent(tracker: Tracker, experiment: Experiment, directory: Path) -> s
         "mlflow.source.git.commit": commit(),
     }
     params = {name: values[name] for name in ("task", "start", "method", "evaluation")}
-    return tracker.start_run(directory.name, key="experiment", params=params, tags=tags)
+    name = f"{method_name(experiment.method)} {directory.name}"
+    return tracker.start_run(name, key="experiment", params=params, tags=tags)
 
 
 class TrackingListener:
@@ -65,10 +74,12 @@ class TrackingListener:
         return self._runs[key]
 
 
-def log_stage(tracker: Tracker, parent: str, stage: str, result: Result) -> None:
-    """Log a finished stage's curves and numbers; those known already are only repeated."""
+def log_stage(
+    tracker: Tracker, parent: str, stage: str, result: Result, *, curves: bool = False
+) -> None:
+    """Log a finished stage's numbers, and its curves if no event has told them (a cached start)."""
     run = tracker.start_run(stage, key=f"{stage}/", parent=parent, tags={"robustft.kind": "stage"})
-    for row in result.tables.get("epochs", ()):
+    for row in result.tables.get("epochs", ()) if curves else ():
         values = {n: v for n, v in row.items() if isinstance(v, float) and "/" in n}
         tracker.log_metrics(run, values, step=int(row.get("epoch", 0)))
     tracker.log_metrics(run, {f"final/{n}": v for n, v in result.metrics.items()}, step=0)
@@ -88,6 +99,24 @@ def log_prepared(tracker: Tracker, parent: str, stage: str, prepared: Mapping[st
         }
         tracker.log_metrics(run, values, step=0)
     tracker.finish_run(run)
+
+
+def log_trials(tracker: Tracker, parent: str, trials: Sequence[Trial]) -> None:
+    """Log what only the end of a search knows of its trials: whole curves, and who died.
+
+    An interpolation appears as "curve/clean" and the like at step 100 * alpha.
+    """
+    for trial in trials:
+        # The run that the trial's events have made, found again by its key.
+        run = tracker.start_run(trial.label, key=f"search/{trial.label}", parent=parent)
+        if trial.result is None:
+            tracker.set_tags(run, {"error": trial.error})
+            tracker.finish_run(run, "FAILED")
+            continue
+        for row in trial.result.tables.get("interpolation", ()):
+            values = {f"curve/{n}": v for n, v in row.items() if n != "alpha" and v is not None}
+            tracker.log_metrics(run, values, step=round(100 * row["alpha"]))
+        tracker.finish_run(run)
 
 
 def log_finished(

@@ -6,22 +6,17 @@ stopped and repeats no finished trial and no finished item of a fan-out.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
-import shlex
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustft.data import Task, load_task
-from robustft.errors import ConfigError, ResourceError
+from robustft.errors import ConfigError
 from robustft.evaluation import Evaluation, evaluate
 from robustft.evaluation.report import ReportData
 from robustft.methods import METHODS, Result
@@ -32,14 +27,14 @@ from robustft.runtime import outputs, recording
 from robustft.runtime.events import Clock, EventPump
 from robustft.runtime.experiment import (
     Experiment,
-    dump_yaml,
     experiment_from_dict,
-    experiment_to_dict,
     method_name,
 )
 from robustft.runtime.fanout import Fanout
+from robustft.runtime.preflight import refuse, require_workers
 from robustft.runtime.progress import ProgressLines
-from robustft.runtime.results import has_result, load_result, save_result, write_json
+from robustft.runtime.results import has_result, load_result, save_result
+from robustft.runtime.resumable import resumable
 from robustft.runtime.search import Trial, choose, search
 from robustft.runtime.session import Session, connect, set_environment, storage_root
 from robustft.runtime.tracking import Tracker
@@ -145,7 +140,11 @@ def run(
     set_environment(runtime)
     storage = storage_root(runtime)
     clock = Clock(time.time() if began is None else began)
-    with _resumable(run_dir, storage, experiment) as directory:
+    with clock.stage("start-up"):
+        task = load_task(experiment.task)
+        refuse(experiment, task, storage if run_dir is None else Path(run_dir))
+    with resumable(run_dir, storage, experiment) as directory:
+        clock.keep(directory / "seconds.json")
         tracker = Tracker(
             directory,
             experiment=experiment.name,
@@ -159,10 +158,14 @@ def run(
             status = ["FAILED"]
             stack.callback(lambda: tracker.finish_run(parent, status[0]))  # type: ignore[arg-type]
             try:
-                report = _run(experiment, directory, tracker, parent, clock, stack)
+                report = _run(experiment, directory, task, tracker, parent, clock, stack)
             except KeyboardInterrupt:
                 status[0] = "KILLED"
+                # Said at once, since whoever interrupts may also kill what has to be stopped.
+                log.info("stopping the workers; robustft resume %s will go on", directory)
                 raise
+            finally:
+                clock.save()
             status[0] = "FINISHED"
         return report
 
@@ -182,6 +185,11 @@ def resume(run_dir: str | Path) -> Report:
         ) from error
     experiment = experiment_from_dict(record["experiment"])
     where = Path(record["working_directory"])
+    storage = record.get("storage")
+    if storage is not None and Path(storage).is_dir():
+        # Wherever it is resumed: its records go on in the same local store.
+        runtime = dataclasses.replace(experiment.runtime, storage=storage)
+        experiment = dataclasses.replace(experiment, runtime=runtime)
     return run(_absolute(experiment, where), run_dir=directory)
 
 
@@ -211,7 +219,13 @@ def _partial(experiment: Experiment, address: str | None, then: Any) -> None:
         )
     set_environment(runtime)
     storage = storage_root(runtime)
-    with _resumable(None, storage, experiment) as directory, contextlib.ExitStack() as stack:
+    task = load_task(experiment.task)
+    refuse(experiment, task, storage)
+    again = "run the same command again"
+    with (
+        resumable(None, storage, experiment, how=again) as directory,
+        contextlib.ExitStack() as stack,
+    ):
         tracker = Tracker(
             directory,
             experiment=experiment.name,
@@ -220,7 +234,8 @@ def _partial(experiment: Experiment, address: str | None, then: Any) -> None:
         )
         stack.callback(tracker.close)
         parent = recording.start_parent(tracker, experiment, directory)
-        running = _open(experiment, directory, tracker, parent, Clock(time.time()), stack)
+        clock = Clock(time.time())
+        running = _open(experiment, directory, task, tracker, parent, clock, stack)
         start, _ = _start(running)
         then(running, start)
         tracker.finish_run(parent)
@@ -229,12 +244,13 @@ def _partial(experiment: Experiment, address: str | None, then: Any) -> None:
 def _run(
     experiment: Experiment,
     directory: Path,
+    task: Task,
     tracker: Tracker,
     parent: str,
     clock: Clock,
     stack: contextlib.ExitStack,
 ) -> Report:
-    running = _open(experiment, directory, tracker, parent, clock, stack)
+    running = _open(experiment, directory, task, tracker, parent, clock, stack)
     start, start_result = _start(running)
     trials = _method(running, start)
     chosen = choose(trials, experiment.search.metric)
@@ -269,18 +285,18 @@ def _run(
 def _open(
     experiment: Experiment,
     directory: Path,
+    task: Task,
     tracker: Tracker,
     parent: str,
     clock: Clock,
     stack: contextlib.ExitStack,
 ) -> Running:
-    """Connect, load the data and start listening."""
+    """Connect and start listening."""
     import ray
 
-    runtime = experiment.runtime
     with clock.stage("start-up"):
-        task = load_task(experiment.task)
-        session = stack.enter_context(connect(runtime))
+        session = stack.enter_context(connect(experiment.runtime))
+        require_workers(session, experiment)
         progress = ProgressLines()
         stack.callback(progress.close)
         pump = EventPump([clock, progress, recording.TrackingListener(tracker, parent)])
@@ -295,7 +311,7 @@ def _open(
             source=source,
             num_rows=len(split),
         )
-    running = Running(
+    return Running(
         experiment=experiment,
         directory=directory,
         session=session,
@@ -306,14 +322,6 @@ def _open(
         task=task,
         task_ref=ray.put(task),
     )
-    for workers, trial in ((runtime.workers, False), (runtime.workers_per_trial, True)):
-        session.require(
-            workers,
-            cpus=running.cpus(workers, trial=trial),
-            gpus=runtime.gpus_per_worker,
-            growing=runtime.autoscaling,
-        )
-    return running
 
 
 def _start(running: Running) -> tuple[Start, Result | None]:
@@ -339,15 +347,16 @@ def _start(running: Running) -> tuple[Start, Result | None]:
         return fresh, None
     name = method_name(config.method)
     cache = outputs.start_cache(running.experiment, task)
+    cached = has_result(cache)
     with running.clock.stage(f"start ({name})"):
-        if has_result(cache):
+        if cached:
             running.say("start", f"{config.model} trained by {name} is cached in {cache}")
             result = load_result(cache)
         else:
             running.say("start", f"training {config.model} by {name}")
             result = _train(running, config.method, fresh, stage=f"start-{name}")
             save_result(result, cache)
-    recording.log_stage(running.tracker, running.parent, f"start-{name}", result)
+    recording.log_stage(running.tracker, running.parent, f"start-{name}", result, curves=cached)
     source = f"{config.model} trained by {name} on {task.name}"
     return dataclasses.replace(fresh, state=result.state, source=source), result
 
@@ -459,8 +468,7 @@ def _method(running: Running, start: Start) -> list[Trial]:
     for trial in trials:
         if trial.error:
             log.warning("trial %s failed: %s", trial.label, trial.error)
-    if any(trial.error == "not finished" for trial in trials):
-        raise KeyboardInterrupt
+    recording.log_trials(running.tracker, running.parent, trials)
     return trials
 
 
@@ -518,69 +526,3 @@ def _absolute(experiment: Experiment, where: Path) -> Experiment:
     if start.checkpoint is not None and (where / start.checkpoint).exists():
         start = dataclasses.replace(start, checkpoint=str(where / start.checkpoint))
     return dataclasses.replace(experiment, task=task, start=start)
-
-
-@contextlib.contextmanager
-def _resumable(run_dir: str | Path | None, storage: Path, experiment: Experiment) -> Iterator[Path]:
-    """Make the run's folder, turn SIGTERM into Ctrl-C, and say how to resume an ended run."""
-    if run_dir is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        directory = storage / experiment.name / f"{stamp}-{experiment.fingerprint[:6]}"
-    else:
-        directory = Path(run_dir).resolve()
-    how = f"continue with: robustft resume {shlex.quote(str(directory))}"
-    try:
-        _describe(directory, experiment)
-        with _terminable():
-            yield directory
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; finished trials are kept; {how}") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"the disk of {storage} is full: free some space, then {how}"
-            raise ResourceError(message) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise ResourceError(
-                f"cannot write {error.filename or storage}: choose another folder with "
-                "--runtime.storage"
-            ) from error
-        raise
-    except BaseException:
-        log.info("the run stopped early; %s", how)
-        raise
-
-
-def _describe(directory: Path, experiment: Experiment) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    values = experiment_to_dict(experiment)
-    if not (directory / "config.yaml").is_file():
-        (directory / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
-    if not (directory / "run.json").is_file():
-        write_json(
-            directory / "run.json",
-            {
-                "run_id": directory.name,
-                "experiment": values,
-                "fingerprint": experiment.fingerprint,
-                "working_directory": str(Path.cwd()),
-                "command": outputs.command_line(sys.argv),
-                **outputs.provenance(),
-            },
-        )
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM (``ray job stop``) as Ctrl-C for the duration of a ``with`` block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)

@@ -117,7 +117,10 @@ def search(
             ),
         )
     grid = tuner.fit()
-    return sorted((_trial(one) for one in grid), key=lambda trial: _place(config, trial))
+    # A trial that died before its first report has no values in its own result.
+    known = [trial.config for trial in grid._experiment_analysis.trials]
+    trials = (_trial(one, values) for one, values in zip(grid, known, strict=True))
+    return sorted(trials, key=lambda trial: _place(config, trial))
 
 
 def _place(config: SearchConfig, trial: Trial) -> tuple[Any, ...]:
@@ -258,8 +261,7 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     return from_dict(type(config), {**to_dict(config), **values})
 
 
-def _trial(one: Any) -> Trial:
-    values = dict(one.config or {})
+def _trial(one: Any, values: Mapping[str, Any]) -> Trial:
     label = trial_label(values)
     failure = (one.metrics or {}).get("failure", "")
     if one.error is not None:
@@ -268,7 +270,8 @@ def _trial(one: Any) -> Trial:
     if failure:
         return Trial(label=label, values=values, result=None, error=failure)
     if one.checkpoint is None or not (one.metrics or {}).get("finished"):
-        return Trial(label=label, values=values, result=None, error="not finished")
+        error = "stopped early by the scheduler"
+        return Trial(label=label, values=values, result=None, error=error)
     with one.checkpoint.as_directory() as folder:
         return Trial(label=label, values=values, result=load_result(Path(folder)))
 
@@ -294,8 +297,9 @@ def choose(trials: Sequence[Trial], metric: str) -> list[Trial]:
     candidates = [group for complete, group in finished if complete and group]
     candidates = candidates or [group for _, group in finished if group]
     if not candidates:
-        reasons = "; ".join(sorted({trial.error for trial in trials}))
-        raise RunError(f"all {len(trials)} trials failed: {reasons}")
+        reasons = sorted({trial.error for trial in trials})
+        more = f" (and {len(reasons) - 1} other reasons, above)" if len(reasons) > 1 else ""
+        raise RunError(f"all {len(trials)} trials failed: {reasons[0]}{more}")
 
     known = candidates[0][0].result
     if known is not None and metric not in known.metrics:

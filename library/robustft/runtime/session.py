@@ -9,7 +9,10 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,11 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ctrl-C ends a search at once, as everywhere else; what is finished is on disk already.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+ANSWER_SECONDS = 10.0
+"""How long a cluster may take to accept a connection."""
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name, "0" is what makes Ray bind every port to the loopback interface."""
 EMBEDDED_ENVIRONMENT = {
@@ -147,13 +154,27 @@ def connect(runtime: RuntimeConfig) -> Iterator[Session]:
     import ray
 
     started_here = not ray.is_initialized()
-    if started_here:
-        _init(ray, address)
     try:
+        if started_here:
+            if address is not None:
+                _require_answer(address)
+            with _own_sigterm():
+                _init(ray, address)
         yield _describe(ray, embedded=embedded and started_here)
     finally:
         if started_here:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's SIGTERM handler: Ray's own ends it with a traceback."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _init(ray: Any, address: str | None) -> None:
@@ -171,15 +192,35 @@ def _init(ray: Any, address: str | None) -> None:
         environment["py_executable"] = shlex.quote(sys.executable)
     else:
         options["address"] = address
+    if os.environ.get("ROBUSTFT_DEBUG") != "1":
+        # Tracebacks of every attempt at a trial; we say in one line how each trial has ended.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
             raise
-        raise ResourceError(
-            f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, "
-            "or unset RAY_ADDRESS to run embedded"
-        ) from error
+        raise _no_answer(address, error) from error
+
+
+def _require_answer(address: str) -> None:
+    """Refuse a host and port that nothing listens on; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like are Ray's to understand
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
+            return
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: Exception) -> ResourceError:
+    reason = getattr(error, "strerror", None) or error
+    return ResourceError(
+        f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, name "
+        "another in RAY_ADDRESS or runtime.address, or unset it to run embedded"
+    )
 
 
 def _describe(ray: Any, *, embedded: bool) -> Session:

@@ -118,6 +118,7 @@ class WorkerContext:
         save: hands (metrics, folder or None) to Ray; every rank calls it.
         restore: returns the folder of the newest checkpoint, or None.
         rank, world_size: this worker among all.
+        device: where it computes; None: the CPU, or the one GPU that Ray lets it see.
     """
 
     def __init__(
@@ -128,12 +129,13 @@ class WorkerContext:
         restore: Callable[[], Path | None],
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self.task: Task = job.task
         self.start: Start = job.start
         self.prepared: Mapping[str, Any] | None = job.prepared
         self.rank, self.world_size = rank, world_size
-        self.device = torch.device("cuda" if job.gpu else "cpu")
+        self.device = device or torch.device("cuda" if job.gpu else "cpu")
         self.engine: Engine = DDPEngine(self.device) if world_size > 1 else PlainEngine()
         self._job, self._save, self._restore = job, save, restore
 
@@ -206,10 +208,14 @@ def run_job(job: Job, context: WorkerContext) -> Result:
     return result
 
 
-def train_loop(config: dict[str, Any]) -> Result | None:
-    """The function that Ray Train runs on every worker; rank 0's value comes back."""
+def train_loop(config: dict[str, Any]) -> Result | RobustftError | None:
+    """The function that Ray Train runs on every worker; rank 0's value comes back.
+
+    An error of ours (a NaN loss, a field out of range) is a value too: it happens on every rank
+    and would happen again, and Ray Train restarts whatever raises.
+    """
     import ray
-    import ray.train
+    import ray.train.torch
 
     job = fetched(config["job"])
     place = ray.train.get_context()
@@ -224,9 +230,19 @@ def train_loop(config: dict[str, Any]) -> Result | None:
         return Path(checkpoint.path) if checkpoint else None
 
     context = WorkerContext(
-        job, save=save, restore=restore, rank=rank, world_size=place.get_world_size()
+        job,
+        save=save,
+        restore=restore,
+        rank=rank,
+        world_size=place.get_world_size(),
+        # Workers of one node see each other's GPUs; Ray Train knows which is whose.
+        device=ray.train.torch.get_device() if job.gpu else None,
     )
-    result = run_job(job, context)
+    result: Result | RobustftError
+    try:
+        result = run_job(job, context)
+    except RobustftError as error:
+        result = error
     return result if rank == 0 else None
 
 
@@ -264,10 +280,17 @@ def train(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        """Leaves Ctrl-C to the run: Ray's handler would stay behind and end the process with 0."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            controllers.append(controller)
+
+    controllers: list[Any] = []
     resources: dict[str, float] = {"CPU": cpus}
     if gpus:
         resources["GPU"] = gpus
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
@@ -285,9 +308,15 @@ def train(
         ),
     )
     try:
-        result: Result = trainer.fit().return_value
+        result: Result | RobustftError = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
+    except KeyboardInterrupt:
+        for controller in controllers:
+            ray.kill(controller)
+        raise
+    if isinstance(result, RobustftError):
+        raise result
     return result
 
 

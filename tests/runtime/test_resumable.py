@@ -1,0 +1,103 @@
+"""How a run ends: what it leaves in its folder, and the sentence that says how to go on."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from small import small_experiment
+
+from robustft.errors import ConfigError, ResourceError, RobustftError, RunError
+from robustft.runtime.events import Clock
+from robustft.runtime.resumable import resumable
+
+
+def end_with(error: BaseException, folder: Path) -> BaseException:
+    """Return what becomes of an error inside a run."""
+    with (
+        pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else Exception) as ended,
+        resumable(folder / "one", folder, small_experiment(folder)),
+    ):
+        raise error
+    return ended.value
+
+
+def test_an_interruption_says_how_to_resume(tmp_path: Path) -> None:
+    directory = tmp_path / "a folder"
+    ended = end_with(KeyboardInterrupt(), directory)
+    assert f"continue with: robustft resume '{directory}/one'" in str(ended)
+    assert (directory / "one" / "run.json").is_file()
+    assert (directory / "one" / "config.yaml").is_file()
+
+
+def test_sigterm_is_an_interruption_and_the_handler_comes_back(tmp_path: Path) -> None:
+    earlier = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyboardInterrupt, match="robustft resume"),
+        resumable(tmp_path / "one", tmp_path, small_experiment(tmp_path)),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is earlier
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        ResourceError(f"cannot write records: {os.strerror(errno.ENOSPC)}; free space"),
+        RunError(f"training failed: OSError: [Errno 28] {os.strerror(errno.ENOSPC)}"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_wherever_it_was_noticed(
+    error: Exception, tmp_path: Path
+) -> None:
+    ended = end_with(error, tmp_path)
+    assert isinstance(ended, RunError)
+    assert "is full: free some space, then continue with: robustft resume" in str(ended)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    ended = end_with(PermissionError(errno.EACCES, "Permission denied", "/there"), tmp_path)
+    assert isinstance(ended, ResourceError)
+    assert str(ended).startswith("cannot write /there (Permission denied)")
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such layer"), ZeroDivisionError("a bug")])
+def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    ended = end_with(error, tmp_path)
+    assert ended is error
+    assert ended.__cause__ is None
+    assert isinstance(ended, (RobustftError, ZeroDivisionError))
+
+
+def test_times_of_earlier_sessions_count(tmp_path: Path) -> None:
+    path = tmp_path / "seconds.json"
+    first = Clock(began=1000.0)
+    first.keep(path)
+    first({"kind": "busy", "began": 1000.0, "ended": 1030.0})
+    first.save(now=1100.0)
+    # A day later: 30 of 100 seconds were busy, then 10 of 20.
+    second = Clock(began=90_000.0)
+    second.keep(path)
+    second({"kind": "busy", "began": 90_005.0, "ended": 90_015.0})
+    wall, share = second.overhead(now=90_020.0)
+    assert wall == 120.0
+    assert share == pytest.approx(1 - 40 / 120)
+
+
+def test_stages_of_earlier_sessions_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "seconds.json"
+    path.write_text('{"wall": 9, "busy": 1, "stages": {"search": 5.0, "prepare": 2.0}}')
+    clock = Clock(began=0.0)
+    with clock.stage("start-up"):
+        pass
+    clock.keep(path)
+    with clock.stage("search"):
+        pass
+    assert clock.stages()["search"] >= 5.0
+    assert clock.stages()["prepare"] == 2.0
+    again = Clock(began=0.0)
+    again.keep(path)
+    assert again.stages() == clock.stages()
