@@ -204,6 +204,8 @@ class Evaluate(Options):
     """test, val or train."""
     limit: int | None = None
     """Measure only so many examples, drawn with a fixed seed; None: all."""
+    corrupted_root: str | None = None
+    """Folder of the published CIFAR-10-C, CIFAR-100-C or Tiny-ImageNet-C files; None: generated."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
@@ -265,7 +267,9 @@ def _evaluate(verb: Evaluate) -> Answer:
     from robustft.evaluation import EvaluationConfig, evaluate
     from robustft.threat import ThreatModel
 
-    config = EvaluationConfig(suite=verb.suite, limit=verb.limit)
+    config = EvaluationConfig(
+        suite=verb.suite, limit=verb.limit, corrupted_root=verb.corrupted_root
+    )
     threat = ThreatModel(verb.norm, verb.eps)  # type: ignore[arg-type]
     if verb.architecture is None and not Path(verb.model).expanduser().is_dir():
         raise ConfigError(

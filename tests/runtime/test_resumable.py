@@ -11,6 +11,7 @@ from small import small_experiment
 from robustft.errors import ConfigError, ResourceError, RobustftError, RunError
 from robustft.runtime.events import Clock
 from robustft.runtime.resumable import resumable
+from robustft.runtime.search import _can_continue
 
 
 def end_with(error: BaseException, folder: Path) -> BaseException:
@@ -101,3 +102,35 @@ def test_stages_of_earlier_sessions_add_up(tmp_path: Path) -> None:
     again = Clock(began=0.0)
     again.keep(path)
     assert again.stages() == clock.stages()
+
+
+class FakeTune:
+    """Tune as far as it says whether a folder can be restored."""
+
+    class Tuner:
+        @staticmethod
+        def can_restore(path: str) -> bool:
+            return (Path(path) / "tuner.pkl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("states", "whole"),
+    [
+        (["{}"], True),
+        (['{"cut off in the mid', "{}"], True),
+        (["{}", '{"cut off in the mid'], False),
+        ([], False),
+    ],
+)
+def test_half_a_state_of_a_search_is_set_aside(
+    states: list[str], whole: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tune"
+    assert not _can_continue(folder, FakeTune)
+    folder.mkdir()
+    (folder / "tuner.pkl").touch()
+    for number, text in enumerate(states):
+        (folder / f"experiment_state-2026-01-0{number + 1}.json").write_text(text)
+    assert _can_continue(folder, FakeTune) is whole
+    assert folder.exists() is whole
+    assert len(list(tmp_path.glob("tune-damaged-*"))) == (0 if whole else 1)

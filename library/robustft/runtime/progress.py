@@ -45,11 +45,13 @@ class ProgressLines:
         self._began: dict[tuple[str, str], tuple[float, int]] = {}
         self._written: dict[tuple[str, str], float] = {}
         self._trials = (0, 0)
+        self._search_began = 0.0
 
     def __call__(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "stage":
             self._trials = (0, event.get("trials", 0))
+            self._search_began = event["time"]
             self._say(f"{event['stage']}: {event['text']}")
         elif kind in ("metrics", "items"):
             self._step(event)
@@ -60,7 +62,10 @@ class ProgressLines:
             self._trials = (done, total)
             self._drop((event["stage"], event["run"]))
             what = f"failed: {event['error']}" if event["error"] else _numbers(event["metrics"])
-            self._say(f"{event['stage']} [{done}/{total}]: {event['run']}  {what}")
+            # Trials run side by side, so the mean time per finished one is what counts.
+            left = (event["time"] - self._search_began) / done * max(total - done, 0)
+            rest = f"  {_clock(left)} left" if left > 0 else ""
+            self._say(f"{event['stage']} [{done}/{total}]: {event['run']}  {what}{rest}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""

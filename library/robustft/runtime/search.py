@@ -7,8 +7,10 @@ see what the inner runs hold.
 """
 
 import dataclasses
+import json
 import logging
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def search(
         resources = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     trainable = tune.with_resources(trainable, resources)
     path = directory / "tune"
-    if tune.Tuner.can_restore(str(path)):
+    if _can_continue(path, tune):
         log.info("continuing the search in %s", path)
         tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_errored=True)
     else:
@@ -121,6 +123,25 @@ def search(
     known = [trial.config for trial in grid._experiment_analysis.trials]
     trials = (_trial(one, values) for one, values in zip(grid, known, strict=True))
     return sorted(trials, key=lambda trial: _place(config, trial))
+
+
+def _can_continue(path: Path, tune: Any) -> bool:
+    """Return whether Tune's folder holds a search to go on with; one that is damaged is set aside.
+
+    Tune overwrites its state in place, so that a full disk leaves half of it; restored from that,
+    it would run one trial without values.
+    """
+    if not tune.Tuner.can_restore(str(path)):
+        return False
+    states = sorted(path.glob("experiment_state-*.json"))
+    try:
+        json.loads(states[-1].read_text(encoding="utf-8") if states else "")
+    except ValueError:
+        aside = path.with_name(f"{path.name}-damaged-{time.time_ns()}")
+        log.warning("the state of the search is damaged, so its trials start again; see %s", aside)
+        path.rename(aside)
+        return False
+    return True
 
 
 def _place(config: SearchConfig, trial: Trial) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import robustft
+from robustft.data.home import home
 from robustft.errors import ResourceError
 from robustft.runtime.experiment import RuntimeConfig
 
@@ -111,8 +112,7 @@ def storage_root(runtime: RuntimeConfig) -> Path:
         return Path(configured).expanduser().resolve()
     if in_ray_job():
         # A job's working directory is a temporary copy: results there would vanish with it.
-        home = os.environ.get("ROBUSTFT_HOME", "~/.robustft")
-        return Path(home).expanduser().resolve() / "runs"
+        return home().resolve() / "runs"
     return Path("runs").resolve()
 
 
