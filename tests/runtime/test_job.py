@@ -55,7 +55,8 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
             "start",
             "--head",
             "--block",
-            "--num-cpus=2",
+            # As many as an embedded Ray takes: threads decide the last bits of a sum.
+            f"--num-cpus={os.cpu_count()}",
             f"--port={gcs}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={port}",
