@@ -23,7 +23,7 @@ import tyro  # noqa: E402  after the path
 
 from robustft.evaluation.intervals import mean_interval  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
-from robustft.runtime.results import write_json  # noqa: E402
+from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.run import run  # noqa: E402
 
 MEASURES = ("clean", "Linf/pgd", "Linf/apgd", "corruptions")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from robustft.runtime.results import write_json
+from robustft.runtime.jsonfile import write_json
 
 __all__ = ["Clock", "Event", "EventPump", "Sender", "busy"]
 

@@ -25,7 +25,7 @@ from robustft.methods.base import Row
 from robustft.models.start import Start
 from robustft.runtime.events import Clock
 from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
-from robustft.runtime.results import write_json
+from robustft.runtime.jsonfile import write_json
 from robustft.runtime.search import Trial
 
 __all__ = [

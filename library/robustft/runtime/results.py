@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from robustft.errors import CheckpointError
 from robustft.methods.base import Result
+from robustft.runtime.jsonfile import write_json
 
-__all__ = ["has_result", "load_result", "save_result", "write_json"]
+__all__ = ["has_result", "load_result", "save_result"]
 
 WEIGHTS, RECORD = "result.safetensors", "result.json"
 
@@ -46,28 +45,3 @@ def load_result(directory: Path) -> Result:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no complete result in {directory}: {error}") from error
     return Result(state=state, **record)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; numbers that JSON lacks become null."""
-    text = json.dumps(_finite(value), indent=1, allow_nan=False, default=_scalar)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _scalar(value: Any) -> Any:
-    """Turn NumPy and tensor scalars into Python's."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} does not fit into JSON")

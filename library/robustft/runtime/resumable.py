@@ -18,7 +18,7 @@ from robustft.data.home import home
 from robustft.errors import ResourceError, RunError
 from robustft.runtime import outputs
 from robustft.runtime.experiment import Experiment, dump_yaml, experiment_to_dict
-from robustft.runtime.results import write_json
+from robustft.runtime.jsonfile import write_json
 
 __all__ = ["resumable"]
 

@@ -19,7 +19,8 @@ from robustft.config import from_dict, to_dict
 from robustft.errors import ConfigError, RobustftError, RunError, UnknownNameError
 from robustft.methods import Result
 from robustft.runtime.experiment import RuntimeConfig, SearchConfig
-from robustft.runtime.results import has_result, load_result, save_result, write_json
+from robustft.runtime.jsonfile import write_json
+from robustft.runtime.results import has_result, load_result, save_result
 from robustft.runtime.session import Session
 from robustft.runtime.trainer import Job, WorkerContext, fetched, run_job, train
 

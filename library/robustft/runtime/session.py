@@ -59,7 +59,7 @@ EMBEDDED_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     # Workers wait for the next fan-out instead of starting Python and torch again, but not through
     # a whole search: each holds 600 MB.
-    "RAY_idle_worker_killing_time_threshold_ms": "10000",
+    "RAY_idle_worker_killing_time_threshold_ms": "3000",
 }
 
 
