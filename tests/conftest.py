@@ -1,6 +1,7 @@
-"""What every test stands on: its own home and storage, one torch thread, a restored environment."""
+"""What every test stands on: its own home and storage, one torch thread, Ctrl-C, a restored environment."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 
 # Before torch is imported anywhere, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell ignores Ctrl-C in what it starts in the background, and so does everything started from
+# there: the tests of Ctrl-C would wait for ever. A handler is not inherited, an "ignore" is.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
