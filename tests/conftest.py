@@ -1,4 +1,4 @@
-"""What every test stands on: its own home and storage, one torch thread, Ctrl-C, a restored environment."""
+"""What every test stands on: home and storage, one torch thread, Ctrl-C, a clean environment."""
 
 import os
 import signal
