@@ -23,7 +23,7 @@ def robustft_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     folder = tmp_path_factory.mktemp("robustft")
     os.environ["ROBUSTFT_HOME"] = str(folder / "home")
     os.environ["ROBUSTFT_STORAGE"] = str(folder / "runs")
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ROBUSTFT_DEBUG"):
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ROBUSTFT_ASSETS", "ROBUSTFT_DEBUG"):
         os.environ.pop(name, None)
     yield folder
     _restore(before)

