@@ -348,7 +348,7 @@ def test_evaluate_gives_the_librarys_numbers(
     from robustft.data import TaskConfig, load_task
     from robustft.models import load_model_dir
 
-    words = ["--model", str(model_folder), "--suite", "clean,pgd", "--limit", "20"]
+    words = ["--model", str(model_folder), "--suite", "clean,pgd", "--limit", "20", "--no_sanity"]
     assert cli.main(["evaluate", *words, "--eps", "1/100", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     task = load_task(TaskConfig())
@@ -359,12 +359,88 @@ def test_evaluate_gives_the_librarys_numbers(
     assert document["rows"] == expected.rows()
 
 
+def test_evaluate_writes_a_folder_and_goes_on_where_it_stopped(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from robustft.evaluation.outcome import load_evaluation
+    from robustft.runtime import stored
+
+    output = tmp_path / "deep" / "out"
+    words = ["evaluate", "--model", str(model_folder), "--suite", "clean,pgd", "--limit", "40"]
+    words += ["--no_sanity", "--threat", "Linf:1/255", "L2:0.1", "--output", str(output)]
+    store = stored.store_value
+
+    def interrupted(path: Path, value: Any) -> None:
+        if "pgd" in str(path):
+            raise KeyboardInterrupt
+        store(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "store_value", interrupted)
+        assert cli.main(words) == 130
+    assert f"is kept in {output}: give the same command again" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.npz")}
+    assert kept
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    record = json.loads((output / "evaluation.json").read_text())
+    assert record["name"] == str(model_folder)
+    assert record["eps"] == {"Linf": "1/255", "L2": "0.1"}
+    assert record["versions"]["torch"]
+    for field in ("rows", "flags", "steps", "curve", "settings"):
+        assert record["evaluation"][field] == document[field]
+    loaded = load_evaluation(output / "examples.parquet")
+    assert loaded.rows() == document["rows"]
+    assert (output / "report.html").is_file()
+    assert document["output"] == str(output)
+
+
+def test_evaluate_takes_the_usual_radius_of_the_data() -> None:
+    def threats(*words: str) -> list[str]:
+        verb, _ = cli._parse_verb(["evaluate", "--model", "m", *words])
+        return list(map(str, cli._threats(verb)))
+
+    assert threats() == ["Linf 0.1"]
+    assert threats("--data", "cifar10") == ["Linf 8/255"]
+    assert threats("--data", "cifar10", "--norm", "L1") == ["L1 12"]
+    assert threats("--data", "svhn", "--eps", "4/255") == ["Linf 4/255"]
+    assert threats("--threat", "L1:12", "Linf:8/255") == ["L1 12", "Linf 8/255"]
+
+
+EVALUATE = ["evaluate", "--model", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "svhn"], "svhn has no usual Linf radius: give eps"),
+        (["--threat", "Linf=8/255"], "--threat Linf=8/255 is no threat model: write norm and"),
+        (["--threat", "Linf:8"], "write 8/255, not 8"),
+        (["--threat", "L3:1"], "unknown norm 'L3'"),
+        (["--suite", "quick", "--backend", "pyautoattack"], "backend 'pyautoattack' runs the"),
+        (["--batch_size", "0"], "batch_size = 0 must be at least 1"),
+    ],
+)
+def test_evaluate_refuses_bad_options(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*EVALUATE, *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_evaluate_refuses_what_does_not_fit(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", "--model", str(model_folder), "--suite", "clean", "--limit", "2"]
     assert cli.main([*words, "--device", "cuda:99"]) == 2
     assert "device 'cuda:99' cannot be used here" in capsys.readouterr().err
+    (model_folder / "file").touch()
+    assert cli.main([*words, "--output", str(model_folder / "file")]) == 2
+    assert "cannot write" in capsys.readouterr().err
     assert cli.main([*words, "--norm", "Linff"]) == 2
     assert "did you mean 'Linf'?" in capsys.readouterr().err
     weights = model_folder / "model.safetensors"

@@ -16,18 +16,20 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union
 
 import tyro
 
-from robustft.errors import ConfigError, RobustftError, UnknownNameError
+from robustft.errors import ConfigError, ResourceError, RobustftError, UnknownNameError
 from robustft.parsing import parse
 
 if TYPE_CHECKING:
     from robustft.data import Task
+    from robustft.evaluation import Evaluation
     from robustft.models import Start
     from robustft.runtime.experiment import Experiment
     from robustft.runtime.run import Report
+    from robustft.threat import ThreatModel
 
 __all__ = ["experiment_cli", "main"]
 
@@ -181,9 +183,11 @@ PRESET_VERBS: dict[type[PresetVerb], PresetWork] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Options):
-    """Measure a model on one split: clean, PGD, APGD, corruptions.
+    """Measure a model on one split: clean, PGD, AutoAttack for one or several norms, corruptions.
 
-    Example: robustft evaluate --model runs/rift-embedded/RUN_ID/model --eps 0.1 --suite quick
+    Example: robustft evaluate --model runs/rift-embedded/RUN_ID/model --suite standard --output OUT
+
+    With --output, a command that was interrupted goes on where it stopped when it is given again.
     """
 
     model: str
@@ -196,18 +200,32 @@ class Evaluate(Options):
     """Folder with the data files; None: under $ROBUSTFT_HOME."""
     norm: str = "Linf"
     """Linf, L2 or L1."""
-    eps: float = 0.1
-    """Radius in [0, 1] pixel units; fractions such as 8/255 are understood."""
+    eps: float | None = None
+    """Radius in [0, 1] pixel units; fractions such as 8/255 are understood. None: the usual one of
+    the data set."""
+    threat: tuple[str, ...] = ()
+    """Several threat models, in place of --norm and --eps: Linf:8/255 L2:0.5 L1:12."""
     suite: str = "quick"
-    """clean, quick, corruptions, report, or measurements joined by commas: clean,pgd,apgd."""
+    """clean, quick, corruptions, report, standard, multinorm, full, plus, rand, or measurements
+    joined by commas: clean,pgd,apgd-ce,square."""
+    mode: Literal["per_norm", "union_only"] = "per_norm"
+    """union_only: only the robust accuracy against all norms together, for less work."""
+    backend: Literal["native", "pyautoattack"] = "native"
+    """pyautoattack: the authors' package (extra autoattack), for a second opinion."""
     split: str = "test"
     """test, val or train."""
     limit: int | None = None
     """Measure only so many examples, drawn with a fixed seed; None: all."""
+    batch_size: int = 250
+    """Examples per forward pass; halved where memory is short."""
+    no_sanity: Flag = False
+    """Leave out the checks for signs that the numbers cannot be trusted."""
     corrupted_root: str | None = None
     """Folder of the published CIFAR-10-C, CIFAR-100-C or Tiny-ImageNet-C files; None: generated."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
+    output: Path | None = None
+    """Folder for evaluation.json, examples.parquet (outcomes per example) and report.html."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,27 +283,107 @@ def _evaluate(verb: Evaluate) -> Answer:
 
     from robustft.data import TaskConfig, load_task
     from robustft.evaluation import EvaluationConfig, evaluate
-    from robustft.threat import ThreatModel
+    from robustft.runtime.stored import StoredMap
 
     config = EvaluationConfig(
-        suite=verb.suite, limit=verb.limit, corrupted_root=verb.corrupted_root
+        suite=verb.suite,
+        mode=verb.mode,
+        backend=verb.backend,
+        limit=verb.limit,
+        batch_size=verb.batch_size,
+        corrupted_root=verb.corrupted_root,
+        sanity=not verb.no_sanity,
     )
-    threat = ThreatModel(verb.norm, verb.eps)  # type: ignore[arg-type]
+    threats = _threats(verb)
     if verb.architecture is None and not Path(verb.model).expanduser().is_dir():
         raise ConfigError(
             f"{verb.model} is no model folder: give one, or weights together with --architecture "
             "(a name of `robustft ls models`)"
         )
-    task = load_task(TaskConfig(data=verb.data, root=verb.root, threat_models=(threat,)))
+    task = load_task(TaskConfig(data=verb.data, root=verb.root, threat_models=threats))
     start = _load_model(verb, task)
     try:
         model = start.build().to(torch.device(verb.device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {verb.device!r} cannot be used here: {reason}") from error
-    found = evaluate(model, task, split=verb.split, config=config)
-    rows = found.rows()
-    return Answer({"rows": rows, "settings": dict(found.settings)}, _table(rows))
+    if verb.output is None:
+        found = evaluate(model, task, split=verb.split, config=config)
+        return Answer(_evaluated(found), _evaluation_text(found))
+    try:
+        verb.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot write {verb.output}: {error.strerror}") from error
+    try:
+        stored = StoredMap(verb.output / ".shards")
+        found = evaluate(model, task, split=verb.split, config=config, map=stored)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what is finished is kept in {verb.output}: give the same command again"
+        ) from None
+    page = _write_evaluation(verb, task, found)
+    document = {**_evaluated(found), "output": str(verb.output)}
+    return Answer(document, f"{_evaluation_text(found)}\n\n{page}")
+
+
+def _threats(verb: Evaluate) -> tuple["ThreatModel", ...]:
+    """Return the threat models that the command line names, or the usual one of the data."""
+    from robustft.evaluation.suites import conventional_radius
+    from robustft.threat import ThreatModel
+
+    threats = []
+    for text in verb.threat:
+        norm, _, eps = text.partition(":")
+        if not (norm and eps):
+            raise ConfigError(
+                f"--threat {text} is no threat model: write norm and radius as Linf:8/255"
+            )
+        threats.append(ThreatModel(norm, eps))  # type: ignore[arg-type]
+    if threats:
+        return tuple(threats)
+    named = ThreatModel(verb.norm, verb.eps or 0.0)  # type: ignore[arg-type]
+    if verb.eps is None:
+        named = ThreatModel(named.norm, conventional_radius(verb.data, named.norm))
+    return (named,)
+
+
+def _evaluated(found: "Evaluation") -> dict[str, Any]:
+    """Return everything but outcomes per example."""
+    return {
+        "rows": found.rows(),
+        "steps": [dict(step) for step in found.steps],
+        "flags": [dataclasses.asdict(flag) for flag in found.flags],
+        "curve": [dict(row) for row in found.curve],
+        "settings": dict(found.settings),
+    }
+
+
+def _evaluation_text(found: "Evaluation") -> str:
+    raised = [f"warning: {flag.name}: {flag.text}" for flag in found.flags if flag.raised]
+    return "\n".join([_table(found.rows()), *raised])
+
+
+def _write_evaluation(verb: Evaluate, task: "Task", found: "Evaluation") -> Path:
+    """Write the record, the outcomes and the page; return the page's path."""
+    from robustft.evaluation.evaluation_report import write_evaluation_report
+    from robustft.runtime.jsonfile import write_json
+    from robustft.runtime.outputs import command_line, provenance
+
+    assert verb.output is not None
+    origin = provenance()
+    versions = {**origin["versions"], "python": origin["python"]}
+    command = command_line(sys.argv)
+    record = {**found.record(verb.model, versions=versions), "command": command}
+    write_json(verb.output / "evaluation.json", {**record, "evaluation": _evaluated(found)})
+    found.save(verb.output / "examples.parquet")
+    return write_evaluation_report(
+        verb.output,
+        found,
+        title=f"{Path(verb.model).name} on {verb.data}",
+        facts={"model": verb.model, "commit": origin["commit"], **versions},
+        command=command,
+        class_names=task.class_names,
+    )
 
 
 def _load_model(verb: Evaluate, task: "Task") -> "Start":

@@ -203,20 +203,72 @@ def test_conditions_at_later_checks() -> None:
     assert high_start == {4: False, 7: True, 9: False}
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_gradients_of_a_noisy_model_are_averaged(norm: str) -> None:
+    """Odd and even calls see different weights; only their mean says where to go."""
+
+    class Alternating(nn.Module):
+        calls = 0
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.calls += 1
+            slopes = torch.tensor([[3.0, -1.0, 0.0], [-1.0, 3.0, 0.0]])[self.calls % 2]
+            return torch.stack([torch.zeros(len(inputs)), inputs @ slopes - self.calls], dim=1)
+
+    inputs = torch.full((2, 3), 0.5)
+    labels = torch.tensor([0, 0])
+    model = Alternating()
+    options = {"norm": norm, "eps": 0.1, "num_steps": 3, "initial_sparsity": 0.5}
+    result = apgd(
+        model, inputs, labels, eot_steps=2, loss="margin", start=inputs, keep="best_loss", **options
+    )
+    # Along the mean slope (1, 1, 0). The offset makes every later loss lower: the best point is
+    # the start, seen last by call 2, whose slope is the first one.
+    assert model.calls == result.num_forwards == 7
+    assert result.num_backwards == 6
+    assert torch.equal(result.inputs, inputs)
+    torch.testing.assert_close(result.loss, torch.full((2,), 1.0 - 2.0))
+    seen: list[Tensor] = []
+
+    class Recording(Alternating):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(inputs.detach().clone())
+            return super().forward(inputs)
+
+    apgd(Recording(), inputs, labels, eot_steps=2, loss="margin", start=inputs, **options)
+    step = seen[2] - inputs
+    assert (step[:, :2] > 0.01).all()
+    assert (step[:, 2] == 0).all()
+    torch.testing.assert_close(step[:, 0], step[:, 1])
+    torch.testing.assert_close(seen[2], seen[3])
+
+
+def test_a_targeted_loss_is_attacked_as_any_other() -> None:
+    """More in test_targets.py."""
+    model = convolutional()
+    inputs = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    result = apgd(model, inputs, labels, norm="Linf", eps=0.3, num_steps=5, loss="dlr-targeted")
+    assert not result.robust.any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dlr-targeted"}, "apgd does not support loss 'dlr-targeted' yet"),
-        ({"num_targets": 9}, "apgd does not support num_targets yet"),
-        ({"norm": "L1"}, "apgd does not support norm 'L1' yet"),
+        ({"num_targets": 9}, "num_targets needs a targeted loss: loss='dlr-targeted'"),
+        ({"loss": "dlr-targeted", "keep": "best_loss"}, "needs a loss without targets"),
+        ({"loss": "dlr-target"}, "unknown attack loss 'dlr-target'"),
         ({"num_steps": 0}, "num_steps must be a whole number >= 1"),
         ({"num_steps": 2.5}, "num_steps must be a whole number >= 1"),
         ({"num_restarts": True}, "num_restarts must be a whole number >= 1"),
+        ({"eot_steps": 0}, "eot_steps must be a whole number >= 1"),
         ({"keep": "last"}, "unknown value of keep 'last'"),
         ({"keep": "best_loss", "check_clean": True}, "check_clean has no meaning"),
+        ({"start": torch.zeros(1, 2, 8, 8)}, "start must have the shape of inputs"),
     ],
 )
-def test_what_is_not_there_is_refused(
+def test_meaningless_settings_are_refused(
     options: dict[str, object], message: str, model: nn.Module, inputs: Tensor, labels: Tensor
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -58,6 +58,43 @@ def test_l1_ties_share_what_is_left() -> None:
     torch.testing.assert_close(projected, torch.tensor([[0.4, 0.4, -0.1, -0.1]]))
 
 
+@pytest.mark.parametrize("size", [1, 2, 128])
+@pytest.mark.parametrize("eps", [0.05, 0.5, 1000.0])
+def test_l1_of_constant_rows_is_constant(size: int, eps: float) -> None:
+    """Every coordinate is a tie, and the level falls on a kink for each of them at once."""
+    inputs, delta = torch.full((2, size), 0.25), torch.full((2, size), 0.5)
+    projected = project(delta, inputs, norm="L1", eps=eps)
+    torch.testing.assert_close(projected, torch.full((2, size), min(eps / size, 0.5)))
+
+
+def test_l1_wider_than_the_box_only_clips() -> None:
+    delta, inputs = random_case(6, 50)
+    projected = project(3 * delta, inputs, norm="L1", eps=50)
+    assert torch.equal(projected, (3 * delta).clamp(-inputs, 1 - inputs))
+
+
+def test_l1_zeros_are_exact() -> None:
+    """Coordinates that are cut away do not move at all, and others keep their sign."""
+    delta, inputs = random_case(7, 400, torch.float32)
+    projected = project(delta, inputs, norm="L1", eps=2.0)
+    assert (projected == 0).float().mean() > 0.8
+    moved = projected != 0
+    assert (projected.sign() == delta.sign())[moved].all()
+    # The shrinkage is one level per sample, except where the box holds a coordinate back.
+    free = moved & (projected.abs() < torch.where(delta > 0, 1 - inputs, inputs) - 1e-6)
+    shrinkage = (delta - projected).abs()
+    for row, mask in zip(shrinkage, free, strict=True):
+        torch.testing.assert_close(row[mask], row[mask][:1].expand(int(mask.sum())))
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    delta, inputs = random_case(8, 60)
+    for norm in NORMS:
+        whole = project(delta, inputs, norm=norm, eps=0.7)
+        rows = [project(delta[i : i + 1], inputs[i : i + 1], norm=norm, eps=0.7) for i in range(16)]
+        torch.testing.assert_close(torch.cat(rows), whole, atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eps", [0.0, 0.01, 0.3, 1.0])

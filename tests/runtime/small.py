@@ -46,6 +46,7 @@ def small_experiment(storage: Path, **changes: Any) -> Experiment:
             "severities": [1, 5],
             "corruption_limit": 20,
             "shard_size": 30,
+            "sanity": False,
         },
         "runtime": {"storage": str(storage)},
     }

@@ -65,6 +65,7 @@ def fgsm(
             loss=loss,
             generator=generator,
             sample_ids=sample_ids,
+            norms=("Linf", "L2"),
         )
         threat = problem.threat
         if step_size is None:
@@ -83,4 +84,6 @@ def fgsm(
         loss=values,
         num_forwards=1 + report,
         num_backwards=1,
+        total_forwards=(1 + report) * len(points),
+        total_backwards=len(points),
     )

@@ -93,6 +93,7 @@ def pgd(
             loss=loss,
             generator=generator,
             sample_ids=sample_ids,
+            norms=("Linf", "L2"),
         )
         if step_size is None:
             step_size = DEFAULT_REACH * problem.threat.eps / num_steps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustft.threat import Norm, ThreatModel
 
-__all__ = ["into_ball_l2", "l2_norm", "project"]
+__all__ = ["into_ball_l2", "l2_norm", "lp_norm", "project"]
 
 EXTRA_HALVINGS = 12  # beyond the mantissa: 35 in float32, enough to land on the right segment
 
@@ -56,6 +56,15 @@ def project(delta: Tensor, inputs: Tensor, *, norm: Norm, eps: float | str) -> T
 def l2_norm(values: Tensor) -> Tensor:
     """Return the L2 norm of each sample, shaped ``[n, 1, ...]`` so that it broadcasts."""
     norms = values.flatten(1).square().sum(1).sqrt()
+    return norms.view(-1, *[1] * (values.ndim - 1))
+
+
+def lp_norm(values: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of each sample, shaped ``[n, 1, ...]`` so that it broadcasts."""
+    if norm == "L2":
+        return l2_norm(values)
+    sizes = values.flatten(1).abs()
+    norms = sizes.amax(1) if norm == "Linf" and sizes.shape[1] else sizes.sum(1)
     return norms.view(-1, *[1] * (values.ndim - 1))
 
 

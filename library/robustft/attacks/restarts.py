@@ -42,10 +42,11 @@ def over_restarts(
     robust = torch.ones_like(problem.labels, dtype=torch.bool)
     loss = torch.full_like(problem.labels, float("-inf"), dtype=problem.inputs.dtype)
     start = None if start is None else problem.given_start(start)
-    num_forwards = num_backwards = 0
+    num_forwards = num_backwards = total_forwards = total_backwards = 0
     if check_clean and len(rows):
         loss, robust = problem.measure(points)
         num_forwards += 1
+        total_forwards += len(rows)
     for restart in range(num_restarts):
         if not everywhere and (restart > 0 or check_clean):
             rows = robust.nonzero().flatten()
@@ -66,10 +67,14 @@ def over_restarts(
         loss = loss.index_copy(0, rows, torch.maximum(loss[rows], new_loss))
         num_forwards += passes[0]
         num_backwards += passes[1]
+        total_forwards += passes[0] * len(rows)
+        total_backwards += passes[1] * len(rows)
     return AttackResult(
         inputs=points.to(problem.dtype),
         robust=robust,
         loss=loss,
         num_forwards=num_forwards,
         num_backwards=num_backwards,
+        total_forwards=total_forwards,
+        total_backwards=total_backwards,
     )

@@ -17,8 +17,11 @@ class AttackResult:
         robust: bool ``[n]``; True where the model still predicts the label on every point that
             the attack evaluated.
         loss: float ``[n]``; best (largest) value of the attacked loss found per sample.
-        num_forwards: forward passes per sample.
-        num_backwards: backward passes to the input per sample.
+        num_forwards: forward passes of a sample that no restart, target or attack breaks.
+        num_backwards: the same for backward passes to the input.
+        total_forwards: forward passes over single samples, summed over the batch: less than
+            ``n * num_forwards`` where broken samples were attacked no further.
+        total_backwards: the same for backward passes to the input.
     """
 
     inputs: Tensor
@@ -26,3 +29,5 @@ class AttackResult:
     loss: Tensor
     num_forwards: int
     num_backwards: int
+    total_forwards: int
+    total_backwards: int

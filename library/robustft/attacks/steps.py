@@ -5,7 +5,7 @@ from torch import Tensor
 
 from robustft.attacks.noise import normal, uniform
 from robustft.attacks.problem import Problem
-from robustft.attacks.projections import l2_norm
+from robustft.attacks.projections import l2_norm, project
 from robustft.threat import Norm
 
 __all__ = ["ascent_direction", "boundary_start", "normalized", "uniform_start"]
@@ -41,7 +41,8 @@ def uniform_start(problem: Problem, *, restart: int) -> Tensor:
 def boundary_start(problem: Problem, *, restart: int) -> Tensor:
     """Return random points that touch the ball's boundary, clipped to the box (APGD's start).
 
-    Linf: uniform noise over its own largest entry; L2: a Gaussian direction.
+    Linf: uniform noise over its own largest entry; L2: a Gaussian direction; L1: Gaussian noise
+    projected on ball and box.
     """
     inputs, threat = problem.inputs, problem.threat
     shape, keys = inputs.shape[1:], problem.keys(restart)
@@ -49,6 +50,9 @@ def boundary_start(problem: Problem, *, restart: int) -> Tensor:
         noise = _symmetric(uniform(keys, shape, dtype=inputs.dtype))
         largest = noise.abs().flatten(1).amax(dim=1)
         noise = noise / largest.view(-1, *[1] * len(shape))
+    elif threat.norm == "L1":
+        noise = normal(keys, shape, dtype=inputs.dtype)
+        return (inputs + project(noise, inputs, norm="L1", eps=threat.eps)).clamp(0, 1)
     else:
         noise = normalized(normal(keys, shape, dtype=inputs.dtype))
     return (inputs + threat.eps * noise).clamp(0, 1)

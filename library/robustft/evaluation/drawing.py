@@ -36,6 +36,7 @@ __all__ = [
     "Label",
     "blank_figure",
     "end_labels",
+    "eps_text",
     "place_labels",
     "save_figures",
     "shade_below",
@@ -117,6 +118,8 @@ STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
     "savefig.facecolor": PAPER,
     "svg.fonttype": "path",
+    # Pictures stay apart and keep their own pixels.
+    "image.composite_image": False,
 }
 """For ``matplotlib.rc_context``: neither the user's matplotlibrc nor a script's state shows."""
 
@@ -322,6 +325,15 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
 def signed(value: float) -> str:
     """Return percentage points with their sign and two decimals; the minus is a true one."""
     return f"{value:+.2f}".replace("-", "\u2212")
+
+
+def eps_text(norm: str, eps: float) -> str:
+    """Return a radius as it is usually written: "8/255" or "0.5/255" for Linf, else "0.5"."""
+    grey_levels = 255 * eps
+    # Radii may have passed through float32; others than quarters of a level read better plain.
+    if norm == "Linf" and grey_levels > 0.2 and abs((4 * grey_levels + 0.5) % 1 - 0.5) < 1e-3:
+        return f"{round(4 * grey_levels) / 4:g}/255"
+    return f"{eps:.4g}"
 
 
 def _offsets(*, far: bool) -> Iterator[tuple[float, float]]:

@@ -1,48 +1,59 @@
 """One evaluation protocol for all methods: clean, attacked and corrupted accuracy with masks.
 
-An evaluation is a list of independent *measurements* (clean, PGD and APGD per threat model, each
-corruption at each severity), each cut into shards of examples. Shards go through ``map``, a plain
-loop or a fan-out over a cluster; attack noise depends on instance ids only, so the result is the
-same for any number of shards and workers.
+An evaluation is a few *stages*, each a list of independent shards: some examples, one measurement.
+Shards go through ``map``, a plain loop or a fan-out over a cluster that stores what is finished.
+Attacks in sequence are a stage each: the survivors of all shards are pooled and cut anew, so that
+no shard is left with a handful of examples. Attack noise depends on instance ids only, so the
+result is the same for any number of shards and workers.
 """
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import importlib.metadata
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from robustft.attacks import apgd, attack_mode, pgd
-from robustft.data import C15, RIFT18, Split, Task, corrupt, supported
+from robustft.attacks import attack_mode
+from robustft.data import Split, Task, supported
 from robustft.data.base import content_digest
-from robustft.data.corrupted_sets import PublishedSet, find_published, read_published
-from robustft.errors import ConfigError, UnknownNameError
-from robustft.evaluation.intervals import mean_interval, wilson
+from robustft.data.corrupted_sets import find_published, read_published
+from robustft.errors import ConfigError, DataError, UnknownNameError
+from robustft.evaluation import sanity
+from robustft.evaluation.outcome import Evaluation, Flag, Strip
+from robustft.evaluation.shards import device_of, measure_shard
+from robustft.evaluation.suites import (
+    CORRUPTION_SETS,
+    SUITES,
+    Attack,
+    EvaluationConfig,
+    attack_stages,
+    measures,
+    resolve_threats,
+)
 from robustft.models import state_digest
 from robustft.threat import ThreatModel
 from robustft.training.precision import full_float32
 
-__all__ = ["SUITES", "Evaluation", "EvaluationConfig", "evaluate"]
+__all__ = ["SUITES", "Evaluation", "EvaluationConfig", "Mapper", "evaluate"]
 
-SUITES: dict[str, tuple[str, ...]] = {
-    "clean": ("clean",),
-    "quick": ("clean", "pgd", "apgd"),
-    "corruptions": ("clean", "corruptions"),
-    "report": ("clean", "pgd", "apgd", "corruptions"),
-}
-MEASURES = ("clean", "pgd", "apgd", "corruptions")
-CORRUPTION_SETS: dict[str, tuple[str, ...]] = {"c15": C15, "rift18": RIFT18}
+logger = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
 ItemT = TypeVar("ItemT")
+
+Value = dict[str, Any]
+Masks = dict[str, NDArray[np.bool_]]
+
+CANDIDATES = 8
+"""Pictures are taken from the first so many examples per picture wanted: whatever the shards are,
+the same ones are shown, and no worker sends back more."""
 
 
 class Mapper(Protocol):
@@ -59,175 +70,6 @@ class Mapper(Protocol):
     ) -> list[ValueT]: ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig:
-    """How a model is measured."""
-
-    suite: str = "report"
-    """A name in SUITES, or measurements joined by commas: "clean,pgd,apgd,corruptions"."""
-    pgd_steps: int = 20
-    """PGD steps, >= 1; the step size is 2.5 * eps / steps."""
-    pgd_restarts: int = 1
-    """Random starts of PGD, >= 1; an example counts as robust if it survives all of them."""
-    apgd_steps: int = 50
-    """APGD-CE steps, >= 1."""
-    apgd_restarts: int = 1
-    """Restarts of APGD, >= 1."""
-    corruption_set: str = "c15"
-    """c15: the 15 standard types; rift18: the 18 types of RiFT's official code."""
-    corrupted_root: str | None = None
-    """Folder of the published CIFAR-10-C, CIFAR-100-C or Tiny-ImageNet-C files, or the one above
-    it; every node must see it. None: corruptions are generated."""
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Corruption severities, each 1 to 5."""
-    limit: int | None = None
-    """Evaluate only so many examples, >= 1, drawn with a fixed seed; None: all."""
-    corruption_limit: int | None = None
-    """The same for corruptions only."""
-    shard_size: int = 500
-    """Examples per fan-out item, >= 1; it never changes the result."""
-    batch_size: int = 250
-    """Examples per forward pass, >= 1; it never changes the result."""
-    seed: int = 0
-    """Seed of attack noise and corruption noise."""
-
-    def __post_init__(self) -> None:
-        counts = ("pgd_steps", "pgd_restarts", "apgd_steps", "apgd_restarts")
-        for name in (*counts, "limit", "corruption_limit", "shard_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"evaluation.{name} = {value} must be at least 1")
-        if not self.severities or any(not 1 <= s <= 5 for s in self.severities):
-            raise ConfigError(f"evaluation.severities = {self.severities} must be within 1 to 5")
-        if len(set(self.severities)) < len(self.severities):
-            raise ConfigError(f"evaluation.severities = {self.severities} names one twice")
-        if self.corruption_set not in CORRUPTION_SETS:
-            raise UnknownNameError("corruption set", self.corruption_set, CORRUPTION_SETS)
-        measures(self.suite)
-
-
-def measures(suite: str) -> tuple[str, ...]:
-    """Return the measurements of a suite name or of a comma-separated list of measurements."""
-    if suite in SUITES:
-        return SUITES[suite]
-    names = tuple(dict.fromkeys(name.strip() for name in suite.split(",") if name.strip()))
-    for name in names or (suite,):
-        if name not in MEASURES:
-            raise UnknownNameError("evaluation suite or measurement", name, [*SUITES, *MEASURES])
-    return names
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """What was measured: per-example outcomes, from which every number follows.
-
-    Args:
-        split: which split was read.
-        masks: measurement -> bool ``[n]``, True where the model was right. Keys are "clean",
-            "<norm>/pgd" and "<norm>/apgd" (right on the clean image *and* after the attack), and
-            "corruption/<type>/<severity>". Corruptions may cover fewer examples than the rest: the
-            first ones.
-        ids: int64 ``[n]`` instance ids, so that two models can be compared pair by pair.
-        settings: how it was measured.
-        num_forwards: forward passes over all examples.
-        num_backwards: backward passes (to the input) over all examples.
-        leaky: True if the same examples also chose the model.
-    """
-
-    split: str
-    masks: Mapping[str, NDArray[np.bool_]]
-    ids: NDArray[np.int64]
-    settings: Mapping[str, Any]
-    num_forwards: int
-    num_backwards: int
-    leaky: bool = False
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Accuracies in [0, 1]: each mask's mean, "<norm>/robust" (survives clean and every attack
-        of that norm), "robust" (survives all), "corruption/<type>" and "corruptions" (means over
-        severities, then types).
-        """
-        return {name: float(values.mean()) for name, values in self._columns().items()}
-
-    def outcomes(self, name: str) -> NDArray[Any]:
-        """Return a metric's outcome per example: bool, or means in [0, 1] for corruptions.
-
-        Raises:
-            UnknownNameError: no such metric.
-        """
-        columns = self._columns()
-        if name not in columns:
-            raise UnknownNameError("metric", name, columns)
-        return columns[name]
-
-    def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
-        """Return a confidence interval of one metric over examples.
-
-        Wilson's interval for plain accuracies. Corruption means average several outcomes of the
-        same image, so there it is Student's interval of the per-image means.
-        """
-        values = self.outcomes(name)
-        if values.dtype == np.bool_:
-            return wilson(int(values.sum()), len(values), confidence)
-        low, high = mean_interval(values, confidence)
-        return max(0.0, low), min(1.0, high)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per metric: name, accuracy, low, high, n, split, leaky."""
-        rows = []
-        for name, values in self._columns().items():
-            low, high = self.interval(name)
-            rows.append(
-                {
-                    "metric": name,
-                    "accuracy": float(values.mean()),
-                    "low": low,
-                    "high": high,
-                    "n": len(values),
-                    "split": self.split,
-                    "leaky": self.leaky,
-                }
-            )
-        return rows
-
-    def save(self, path: str | Path) -> None:
-        """Write the per-example masks as Parquet: id, then one nullable bool column per mask."""
-        n = len(self.ids)
-        columns: dict[str, Any] = {"id": self.ids}
-        for name, mask in self.masks.items():
-            column = np.full(n, None, dtype=object)
-            column[: len(mask)] = mask
-            columns[name] = pa.array(column, type=pa.bool_())
-        table = pa.table(columns)
-        metadata = {b"robustft": json.dumps({"split": self.split, **self.settings}).encode()}
-        pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
-
-    def _columns(self) -> dict[str, NDArray[Any]]:
-        columns: dict[str, NDArray[Any]] = {}
-        by_norm: dict[str, list[NDArray[np.bool_]]] = {}
-        by_type: dict[str, list[NDArray[np.bool_]]] = {}
-        for name, mask in self.masks.items():
-            kind, _, rest = name.partition("/")
-            if kind == "corruption":
-                by_type.setdefault(rest.partition("/")[0], []).append(mask)
-            else:
-                columns[name] = mask
-                if rest:
-                    by_norm.setdefault(kind, []).append(mask)
-        clean = [self.masks["clean"]] if "clean" in self.masks else []
-        for norm, attacked in by_norm.items():
-            columns[f"{norm}/robust"] = np.logical_and.reduce([*clean, *attacked])
-        if by_norm:
-            attacked = [mask for group in by_norm.values() for mask in group]
-            columns["robust"] = np.logical_and.reduce([*clean, *attacked])
-        means = {kind: np.mean(group, axis=0) for kind, group in by_type.items()}
-        columns.update({f"corruption/{kind}": values for kind, values in means.items()})
-        if means:
-            columns["corruptions"] = np.mean(list(means.values()), axis=0)
-        return columns
-
-
 def evaluate(
     model: nn.Module,
     task: Task,
@@ -242,7 +84,7 @@ def evaluate(
 
     Args:
         model: NCHW float in [0, 1] -> logits; normalisation is its first layer. It is evaluated
-            in eval mode on the device its parameters are on.
+            in eval mode on the device its parameters are on, and left as it was.
         task: data and threat models.
         suite: overrides ``config.suite``.
         split: "test" (read it once, at the end) or "val".
@@ -252,8 +94,11 @@ def evaluate(
 
     Raises:
         UnknownNameError: no such suite or split.
-        ConfigError: ``config.corrupted_root`` for data that has no published corrupted set.
-        DataError: its files are missing or damaged, or hold other pictures than the split.
+        ConfigError: the model gives no logits of the task's classes; the suite needs radii that
+            nothing gives; ``config.corrupted_root`` for data without a published corrupted set.
+        DataError: the split is empty or has labels of other classes; files are missing or damaged,
+            or hold other pictures than the split.
+        ResourceError: not even one image at a time fits into memory.
     """
     config = config or EvaluationConfig()
     if suite is not None:
@@ -261,163 +106,268 @@ def evaluate(
     if split not in task.splits:
         raise UnknownNameError("split", split, task.splits)
     data = _limited(task.splits[split], config)
-    num_corrupted = min(config.corruption_limit or len(data), len(data))
-    items = _items(config, task, len(data), num_corrupted)
-    shared = {"model": model, "split": data, "config": config, "device": device}
-    key = _key(model, data, task.digest, config)
-    if any(item.get("source") == "files" for item in items):
-        clean = data.take(np.arange(num_corrupted))
-        shared["published"], key = _published(items, task, config, clean, key)
-    run = map or _loop
-    values = run(measure_shard, items, shared=shared, key=key, name=f"evaluate {split}")
-    masks: dict[str, list[NDArray[np.bool_]]] = {}
-    for item, value in zip(items, values, strict=True):
-        masks.setdefault(item["name"], []).append(np.asarray(value["correct"], dtype=np.bool_))
+    threats = resolve_threats(config, task)
+    stages = attack_stages(config, threats)
+    _check_labels(data, task, split)
+    _check_outputs(model, data, task)
+    training = any(module.training for module in model.modules())
+    run = _Run(model, data, task, config=config, split=split, map=map or _loop, device=device)
+    run.prepare_corruptions()
+    flags, curve = run.check(threats) if stages and config.sanity else ([], [])
+    # The look at the outputs was a forward, too.
+    passes = {"num_forwards": run.num_forwards + 1, "num_backwards": run.num_backwards}
+    run.num_forwards = run.num_backwards = 0
+    run.measure_unattacked()
+    for stage in stages:
+        run.attack(stage)
+    if stages:
+        targets = [a.options.get("num_targets", 0) for stage in stages for a in stage]
+        free = sanity.free_flags(
+            run.masks,
+            run.steps,
+            num_classes=task.num_classes,
+            num_targets=max(targets),
+            training=training,
+            excess=run.excess,
+        )
+        _warn(free)
+        flags += free
     return Evaluation(
         split=split,
-        masks={name: np.concatenate(shards) for name, shards in masks.items()},
+        masks=run.masks,
         ids=data.ids,
         settings={
             **dataclasses.asdict(config),
-            "corruptions": _source(config),
+            "corruptions": "generated" if config.corrupted_root is None else "files",
             "task": task.name,
             "task_digest": task.digest,
-            "threat_models": [str(threat) for threat in task.threat_models],
+            "num_classes": task.num_classes,
+            "threat_models": [str(threat) for threat in threats],
+            "eps": {threat.norm: threat.eps for threat in threats},
+            "model_digest": run.model_digest,
+            "sanity_passes": passes,
         },
-        num_forwards=sum(int(value["num_forwards"]) for value in values),
-        num_backwards=sum(int(value["num_backwards"]) for value in values),
+        num_forwards=run.num_forwards,
+        num_backwards=run.num_backwards,
         leaky=task.leaky and split == "test",
+        confidence=run.confidence,
+        steps=run.steps,
+        flags=flags,
+        curve=curve,
+        strips=[strip for threat in threats if (strip := run.strip(threat)) is not None],
     )
 
 
-@full_float32()
-def measure_shard(shared: Mapping[str, Any], item: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure one shard: ``{"correct": bool [n], "num_forwards": int, "num_backwards": int}``."""
-    model: nn.Module = shared["model"]
-    if shared["device"] is not None:
-        model = model.to(shared["device"])
-    config: EvaluationConfig = shared["config"]
-    data: Split = shared["split"].take(np.arange(item["first"], item["last"]))
-    if item.get("source") == "files":
-        data = read_published(shared["published"], item["type"], item["severity"], clean=data)
-    device = next(iter(model.parameters())).device
-    correct, forwards, backwards = [], 0, 0
-    with attack_mode(model):
-        for first in range(0, len(data), config.batch_size):
-            rows = slice(first, first + config.batch_size)
-            images = torch.from_numpy(data.images[rows]).to(device).float().div_(255)
-            labels = torch.from_numpy(data.labels[rows]).to(device)
-            ids = torch.from_numpy(data.ids[rows]).to(device)
-            mask, num_forwards, num_backwards = _measure(model, images, labels, ids, item, config)
-            correct.append(mask)
-            forwards += num_forwards
-            backwards += num_backwards
-    outcomes = torch.cat(correct).cpu().numpy()
-    return {"correct": outcomes, "num_forwards": forwards, "num_backwards": backwards}
+class _Run:
+    """An evaluation under way: what its stages share and what they have found so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Split,
+        task: Task,
+        *,
+        config: EvaluationConfig,
+        split: str,
+        map: Mapper,
+        device: str | None,
+    ) -> None:
+        self.data, self.task, self.config = data, task, config
+        self.map, self.name = map, f"evaluate {split}"
+        self.model_digest = state_digest(model.state_dict())
+        self.key = _key(self.model_digest, type(model), data, task.digest, config.seed)
+        self.shared: dict[str, Any] = {
+            "model": model,
+            "split": data,
+            "device": device,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+        }
+        self.corruption_items: list[dict[str, Any]] = []
+        self.masks: Masks = {}
+        self.standing: Masks = {}
+        self.confidence: NDArray[np.float32] | None = None
+        self.steps: list[dict[str, Any]] = []
+        self.pictures: dict[str, dict[int, tuple[Any, ...]]] = {}
+        self.num_forwards = self.num_backwards = 0
+        self.excess = 0.0
+
+    def prepare_corruptions(self) -> None:
+        """List the corruptions to measure; published files are all read once.
+
+        A file that is missing, damaged or of another data set must not end an evaluation in its
+        last hour.
+        """
+        config = self.config
+        if "corruptions" not in measures(config.suite):
+            return
+        count = min(config.corruption_limit or len(self.data), len(self.data))
+        shards = self._shards(np.arange(count))
+        kinds = CORRUPTION_SETS[config.corruption_set]
+        kinds = tuple(kind for kind in kinds if supported(kind, self.task.image_shape))
+        content: dict[str, Any] = {"source": "generated"}
+        if config.corrupted_root is not None:
+            clean = self.data.take(np.arange(count))
+            self.shared["published"] = find_published(self.task, config.corrupted_root, kinds)
+        for kind, severity in itertools.product(kinds, config.severities):
+            if config.corrupted_root is not None:
+                pictures = read_published(self.shared["published"], kind, severity, clean=clean)
+                content = {"source": "files", "content": content_digest(pictures.images)}
+            name = f"corruption/{kind}/{severity}"
+            item = {"measure": "corruptions", "name": name, "type": kind, "severity": severity}
+            self.corruption_items += [{**item, **content, "rows": rows} for rows in shards]
+
+    def check(self, threats: Sequence[ThreatModel]) -> tuple[list[Flag], list[dict[str, Any]]]:
+        """Look for signs that the numbers to come cannot be trusted."""
+        items = sanity.check_items(threats, self.task, len(self.data), self.config.sanity_examples)
+        values = self._map(sanity.check_shard, items, "sanity checks")
+        flags = sanity.checked_flags(items, values, self.task.num_classes)
+        _warn(flags)
+        return flags, sanity.radius_curve(items, values)
+
+    def measure_unattacked(self) -> None:
+        """Measure clean accuracy, which every attack starts from, and corruptions."""
+        items: list[dict[str, Any]] = [
+            {"measure": "clean", "name": "clean", "rows": rows}
+            for rows in self._shards(np.arange(len(self.data)))
+        ]
+        items += self.corruption_items
+        # One name for all suites, under which another suite finds what is stored.
+        values = self._map(measure_shard, items, "without attack")
+        found: dict[str, list[Value]] = {}
+        for item, value in zip(items, values, strict=True):
+            found.setdefault(item["name"], []).append(value)
+        for name, shards in found.items():
+            self.masks[name] = np.concatenate([shard["correct"] for shard in shards])
+        self.confidence = np.concatenate([shard["confidence"] for shard in found["clean"]])
+
+    def attack(self, stage: Sequence[Attack]) -> None:
+        """Run attacks that do not depend on each other, each on what its chain has standing."""
+        work = []
+        for attack in stage:
+            standing = self.standing.setdefault(attack.chain, self.masks["clean"].copy())
+            work += [(attack, rows) for rows in self._shards(np.flatnonzero(standing))]
+        items = [self._attack_item(attack, rows) for attack, rows in work]
+        label = ", ".join(dict.fromkeys(attack.name for attack in stage))
+        if self.config.mode == "union_only":
+            label = f"{stage[0].threat.norm} {label}"
+        values = self._map(measure_shard, items, label)
+        for attack in stage:
+            own = [
+                (rows, value)
+                for (other, rows), value in zip(work, values, strict=True)
+                if other is attack
+            ]
+            self._take_in(attack, own)
+
+    def strip(self, threat: ThreatModel) -> Strip | None:
+        """Return pictures of the first examples that an attack of this threat model broke."""
+        broken = sorted(self.pictures.get(threat.norm, {}).items())[: self.config.num_strips]
+        if not broken:
+            return None
+        rows = np.array([row for row, _ in broken])
+        pictures, predicted, attacks = zip(*(picture for _, picture in broken), strict=True)
+        return Strip(
+            norm=threat.norm,
+            eps=threat.eps,
+            ids=self.data.ids[rows],
+            labels=self.data.labels[rows],
+            predicted=np.array(predicted, dtype=np.int64),
+            clean=self.data.images[rows].astype(np.float32) / 255,
+            adversarial=np.stack(pictures),
+            attacks=attacks,
+        )
+
+    def _map(
+        self, fn: Callable[[Any, Any], Value], items: Sequence[dict[str, Any]], label: str
+    ) -> list[Value]:
+        if not items:
+            return []
+        values = self.map(fn, items, shared=self.shared, key=self.key, name=f"{self.name}: {label}")
+        for value in values:
+            self.num_forwards += int(value["num_forwards"])
+            self.num_backwards += int(value["num_backwards"])
+        before = self.shared["batch_size"]
+        fitted = min(int(value["shrunk_to"]) or before for value in values)
+        if fitted < before:
+            logger.warning(
+                "memory holds %d examples at a time, not %d: batches are smaller from here on",
+                fitted,
+                before,
+            )
+            self.shared["batch_size"] = fitted
+        return values
+
+    def _take_in(self, attack: Attack, found: Sequence[tuple[list[int], Value]]) -> None:
+        standing = self.standing[attack.chain]
+        attacked = int(standing.sum())
+        pictures = self.pictures.setdefault(attack.threat.norm, {})
+        for rows, value in found:
+            standing[rows] = value["correct"]
+            self.excess = max(self.excess, value["excess"])
+            shown = zip(value["picture_rows"], value["pictures"], value["predicted"], strict=True)
+            for row, picture, predicted in shown:
+                pictures.setdefault(int(row), (picture, predicted, attack.name))
+        self.masks[attack.mask] = standing.copy()
+        left = int(standing.sum())
+        self.steps.append(
+            {
+                "norm": attack.threat.norm,
+                "eps": attack.threat.eps,
+                "attack": attack.name,
+                "attacked": attacked,
+                "standing": left,
+                **{
+                    name: sum(value[name] for _, value in found)
+                    for name in ("num_forwards", "num_backwards", "seconds")
+                },
+            }
+        )
+        logger.info("%s %s: %d of %d standing", attack.threat, attack.name, left, len(self.data))
+
+    def _attack_item(self, attack: Attack, rows: list[int]) -> dict[str, Any]:
+        return {
+            "measure": "attack",
+            "norm": attack.threat.norm,
+            "eps": attack.threat.eps,
+            "options": dict(attack.options),
+            "pictures": CANDIDATES * self.config.num_strips,
+            "rows": rows,
+        }
+
+    def _shards(self, rows: NDArray[np.int64]) -> list[list[int]]:
+        size = self.config.shard_size
+        return [rows[first : first + size].tolist() for first in range(0, len(rows), size)]
 
 
-def _measure(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    ids: torch.Tensor,
-    item: Mapping[str, Any],
-    config: EvaluationConfig,
-) -> tuple[torch.Tensor, int, int]:
-    """Return who is right, and the passes over single images."""
-    measure = item["measure"]
-    if measure == "corruptions" and item["source"] == "generated":
-        images = corrupt(images, item["type"], item["severity"], sample_ids=ids, seed=config.seed)
-    with torch.no_grad():
-        correct = model(images).argmax(dim=1) == labels
-    forwards = len(labels)
-    if measure not in ("pgd", "apgd"):
-        return correct, forwards, 0
-    # What is wrong without an attack is not robust: only the rest is attacked.
-    rows = correct.nonzero().flatten()
-    if len(rows) == 0:
-        return correct, forwards, 0
-    attack, num_steps, num_restarts = (
-        (pgd, config.pgd_steps, config.pgd_restarts)
-        if measure == "pgd"
-        else (apgd, config.apgd_steps, config.apgd_restarts)
-    )
-    result = attack(
-        model,
-        images[rows],
-        labels[rows],
-        norm=item["norm"],
-        eps=item["eps"],
-        num_steps=num_steps,
-        num_restarts=num_restarts,
-        generator=torch.Generator().manual_seed(config.seed),
-        sample_ids=ids[rows],
-    )
-    survived = correct.index_copy(0, rows, result.robust)
-    count = len(rows)
-    return survived, forwards + result.num_forwards * count, result.num_backwards * count
+def _check_labels(data: Split, task: Task, split: str) -> None:
+    if len(data) == 0:
+        raise DataError(f"split {split!r} of {task.name} has no examples: choose another split")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= task.num_classes:
+        raise DataError(
+            f"labels of {task.name} go from {low} to {high}, and it has {task.num_classes} "
+            f"classes, 0 to {task.num_classes - 1}: number its classes anew"
+        )
 
 
-def _items(
-    config: EvaluationConfig, task: Task, num_examples: int, num_corrupted: int
-) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = []
-    for measure in measures(config.suite):
-        variants = list(_variants(measure, config, task.threat_models, task.image_shape))
-        n = num_corrupted if measure == "corruptions" else num_examples
-        for variant in variants:
-            for first in range(0, n, config.shard_size):
-                last = min(first + config.shard_size, n)
-                items.append({"measure": measure, **variant, "first": first, "last": last})
-    return items
+def _check_outputs(model: nn.Module, data: Split, task: Task) -> None:
+    """Raise ConfigError unless the model gives logits of the task's classes."""
+    image = torch.from_numpy(data.images[:1].astype(np.float32) / 255).to(device_of(model))
+    with attack_mode(model), full_float32(), torch.no_grad():
+        logits = model(image)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, task.num_classes):
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"the model must return logits [n, {task.num_classes}], the classes of {task.name}, "
+            f"and one image gives {got}: the model belongs to other data"
+        )
 
 
-def _variants(
-    measure: str,
-    config: EvaluationConfig,
-    threats: Sequence[ThreatModel],
-    image_shape: tuple[int, int, int],
-) -> Iterable[dict[str, Any]]:
-    if measure == "clean":
-        yield {"name": "clean"}
-    elif measure == "corruptions":
-        for kind in CORRUPTION_SETS[config.corruption_set]:
-            if supported(kind, image_shape):
-                for severity in config.severities:
-                    name = f"corruption/{kind}/{severity}"
-                    source = _source(config)
-                    yield {"name": name, "type": kind, "severity": severity, "source": source}
-    else:
-        for threat in threats:
-            yield {"name": f"{threat.norm}/{measure}", "norm": threat.norm, "eps": threat.eps}
-
-
-def _source(config: EvaluationConfig) -> str:
-    return "generated" if config.corrupted_root is None else "files"
-
-
-def _published(
-    items: Sequence[Mapping[str, Any]],
-    task: Task,
-    config: EvaluationConfig,
-    clean: Split,
-    key: str,
-) -> tuple[PublishedSet, str]:
-    """Return where the files are, and ``key`` with their content.
-
-    All of them are read once before any work starts: a file that is missing, damaged or of
-    another data set must not end an evaluation in its last hour.
-    """
-    wanted = [
-        (item["type"], item["severity"]) for item in items if item["measure"] == "corruptions"
-    ]
-    assert config.corrupted_root is not None
-    found = find_published(task, config.corrupted_root, [kind for kind, _ in wanted])
-    digest = hashlib.sha256(key.encode())
-    for kind, severity in dict.fromkeys(wanted):
-        pictures = read_published(found, kind, severity, clean=clean).images
-        digest.update(content_digest(pictures).encode())
-    return found, digest.hexdigest()
+def _warn(flags: Sequence[Flag]) -> None:
+    for flag in flags:
+        if flag.raised:
+            logger.warning("%s: %s", flag.name, flag.text)
 
 
 def _limited(split: Split, config: EvaluationConfig) -> Split:
@@ -430,17 +380,13 @@ def _limited(split: Split, config: EvaluationConfig) -> Split:
     return split.take(order[: config.limit])
 
 
-def _key(model: nn.Module, data: Split, task_digest: str, config: EvaluationConfig) -> str:
-    """Name what all shards share by its content."""
-    # How the work is cut and where it runs does not belong to the content.
-    settings = dataclasses.replace(
-        config, shard_size=1, batch_size=1, suite="clean", corrupted_root=None
-    )
-    digest = hashlib.sha256(state_digest(model.state_dict()).encode())
-    digest.update(type(model).__qualname__.encode())
+def _key(model_digest: str, kind: type, data: Split, task_digest: str, seed: int) -> str:
+    """Name what all shards share by its content; what is done with it is in the items."""
+    digest = hashlib.sha256(model_digest.encode())
+    digest.update(kind.__qualname__.encode())
     digest.update(np.ascontiguousarray(data.ids).tobytes())
-    digest.update(task_digest.encode())
-    digest.update(repr(settings).encode())
+    version = importlib.metadata.version("robustft")
+    digest.update(f"{task_digest} {seed} {version}".encode())
     return digest.hexdigest()
 
 

@@ -38,12 +38,24 @@ from robustft.evaluation.drawing import (
     text_columns,
     tip,
 )
+from robustft.evaluation.evaluation_plots import (
+    corruption_accuracy,
+    eps_curve,
+    magnification,
+    reliability_diagram,
+    strip_figure,
+)
 
 __all__ = [
+    "corruption_accuracy",
     "corruption_bars",
     "criticality_bars",
+    "eps_curve",
     "interpolation_curve",
+    "magnification",
+    "reliability_diagram",
     "save_figures",
+    "strip_figure",
     "training_curves",
     "trial_plane",
 ]

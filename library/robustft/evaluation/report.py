@@ -104,25 +104,46 @@ def write_report(directory: str | Path, data: ReportData) -> Path:
     Raises:
         ResourceError: a file cannot be written.
     """
-    folder = Path(directory)
     panels = [*_choice_panels(data), *_other_panels(data)]
+    values = {
+        "data": data,
+        "verdict": verdict(data),
+        "interval": f"{100 * data.confidence:g} %",
+        "facts": facts(data),
+        "trials": _grid(_trials(data), keep=("trial", "seed", "val/clean", "val/robust")),
+        "total_seconds": sum(stage.seconds for stage in data.stages),
+        "config": yaml.safe_dump(to_dict(data.config), sort_keys=False, width=88),
+        "link": data.tracking_url if re.match(r"https?://", data.tracking_url or "") else None,
+    }
+    return write_page(directory, "report.html.j2", panels, values)
+
+
+def write_page(
+    directory: str | Path, template: str, panels: Sequence[Panel], values: Mapping[str, Any]
+) -> Path:
+    """Write ``report.html`` and the panels' ``plots/*.png`` and return the page's path.
+
+    Args:
+        directory: made if it is missing.
+        template: name of the page's template.
+        panels: figures; the template gets them as ``panels``, their SVG as ``drawings``.
+        values: what else the template names.
+
+    Raises:
+        ResourceError: a file cannot be written.
+    """
+    folder = Path(directory)
     inline = plots.save_figures({panel.name: panel.figure for panel in panels}, folder / "plots")
-    page = _template().render(
-        data=data,
+    page = _template(template).render(
+        **values,
         theme=[(name, light, dark) for light, (name, dark) in THEME.items()],
-        verdict=verdict(data),
-        interval=f"{100 * data.confidence:g} %",
-        facts=facts(data),
         panels=panels,
         # Our own drawing: every text in it has become outlines or an escaped title.
         drawings={name: Markup(svg) for name, svg in inline.items()},
-        trials=_grid(_trials(data), keep=("trial", "seed", "val/clean", "val/robust")),
-        total_seconds=sum(stage.seconds for stage in data.stages),
-        config=yaml.safe_dump(to_dict(data.config), sort_keys=False, width=88),
-        link=data.tracking_url if re.match(r"https?://", data.tracking_url or "") else None,
     )
     path = folder / "report.html"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ResourceError(
@@ -131,7 +152,7 @@ def write_report(directory: str | Path, data: ReportData) -> Path:
     return path
 
 
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -146,7 +167,7 @@ def _template() -> jinja2.Template:
         "interval": interval_text,
         "minus": _minus,
     }
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _choice_panels(data: ReportData) -> Iterator[Panel]:

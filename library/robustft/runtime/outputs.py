@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from robustft.config import config_hash
 from robustft.data import Task
 from robustft.data.home import home
-from robustft.evaluation import Evaluation
+from robustft.evaluation import Evaluation, EvaluationConfig
+from robustft.evaluation.evaluation_report import write_evaluation_report
 from robustft.evaluation.report import ReportData, Stage, SummaryRow, summary_row, write_report
 from robustft.methods import METHODS, Result
 from robustft.methods.base import Row
@@ -265,6 +266,15 @@ def write(
         experiment, directory, found, clock, command=command, tracking_url=tracking_url
     )
     page = write_report(directory, data)
+    evaluation = found.after[_best_seed(experiment, found)]
+    write_evaluation_report(
+        directory / "evaluation",
+        evaluation,
+        title=f"{experiment.name}: the chosen model",
+        facts={"run": directory.name, "model": found.start.architecture, "data": found.task.name},
+        command=command,
+        class_names=found.task.class_names,
+    )
     # Last: a folder with a summary is a finished run.
     summary = summarize(experiment, directory, found, clock)
     write_json(directory / "summary.json", summary)
@@ -355,32 +365,34 @@ def _shown_trials(found: Found) -> list[Row]:
 
 def summary_rows(experiment: Experiment, found: Found) -> list[SummaryRow]:
     """Return one row per measurement: before, after (mean over seeds per image), paired change."""
-    config = experiment.evaluation
+    evaluation = found.after[0]
     rows = []
-    for name in found.after[0].metrics:
-        if name.startswith("corruption/") or name == "robust" or name.endswith("/robust"):
+    for name in evaluation.metrics:
+        # What is left out is an intermediate value, or said by another row.
+        if name.startswith(("corruption/", "union/")) or name.rpartition("/")[2] == "robust":
             continue
         after = _outcomes(found.after, name)
         before = after if found.before is None else _outcomes([found.before], name)
-        kind = "clean" if name == "clean" else "robust"
-        title = name
-        if name == "corruptions":
-            kind, title = (
-                "corruptions",
-                f"Corruptions ({config.corruption_set}, {found.after[0].settings['corruptions']})",
-            )
-        elif name == "clean":
-            title = "Clean"
-        else:
-            norm, attack = name.split("/")
-            threat = next(t for t in found.task.threat_models if t.norm == norm)
-            steps = config.pgd_steps if attack == "pgd" else config.apgd_steps
-            title = f"{attack.upper()}-{steps}, {threat}"
+        kind = {"clean": "clean", "corruptions": "corruptions"}.get(name, "robust")
+        title = _title(name, experiment.evaluation, evaluation)
         row = summary_row(title, kind, before, after)  # type: ignore[arg-type]
         if found.before is None:
             row = dataclasses.replace(row, before=None, change=None)
         rows.append(row)
     return rows
+
+
+def _title(metric: str, config: EvaluationConfig, evaluation: Evaluation) -> str:
+    threats = {text.split()[0]: text for text in evaluation.settings["threat_models"]}
+    if metric == "clean":
+        return "Clean"
+    if metric == "corruptions":
+        return f"Corruptions ({config.corruption_set}, {evaluation.settings['corruptions']})"
+    if metric == "union":
+        return f"Union of {', '.join(threats.values())}"
+    norm, attack = metric.split("/")
+    steps = {"pgd": config.pgd_steps, "apgd": config.apgd_steps}.get(attack)
+    return f"{attack.upper()}{f'-{steps}' if steps else ''}, {threats[norm]}"
 
 
 def _outcomes(evaluations: Sequence[Evaluation], name: str) -> Any:
@@ -443,4 +455,5 @@ def warnings(found: Found) -> list[str]:
         for name, value in metrics.items():
             if name.endswith(("/pgd", "/apgd")) and value > metrics.get("clean", 1.0):
                 lines.append(f"{name} accuracy exceeds clean accuracy: the attack is broken")
-    return lines
+    raised = {flag.name: flag.text for e in evaluations(found) for flag in e.flags if flag.raised}
+    return lines + [f"{name}: {text}" for name, text in raised.items()]

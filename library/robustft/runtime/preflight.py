@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from robustft.attacks import pgd
+from robustft.attacks import apgd, pgd
 from robustft.data import Task, load_task
 from robustft.data.home import home
 from robustft.errors import (
@@ -27,6 +27,7 @@ from robustft.errors import (
     UnknownNameError,
 )
 from robustft.methods import METHODS
+from robustft.methods.common import AttackConfig
 from robustft.methods.criticality import eligible_layers
 from robustft.methods.rift import RiftConfig, choose_modules
 from robustft.models import load_start, weight_layers
@@ -148,18 +149,31 @@ def _check_content(experiment: Experiment) -> Findings:
 
 def _check_model(experiment: Experiment, task: Task) -> Findings:
     model = _load_start(experiment, task).build()
-    _attack_once(model, task)
+    _attack_once(model, task, pgd_too=_uses_pgd(experiment))
     for field, value in _searched(experiment):
         yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
     if "modules" not in experiment.search.space:
         yield from _caught(partial(_check_value, experiment.method, {}, model))
 
 
-def _attack_once(model: nn.Module, task: Task) -> None:
+def _attack_once(model: nn.Module, task: Task, *, pgd_too: bool) -> None:
     """Attack a black image by one step: raises if model, pictures and norms do not fit together."""
+    image, label = torch.zeros(1, *task.image_shape), torch.zeros(1, dtype=torch.long)
     for threat in task.threat_models:
-        image, label = torch.zeros(1, *task.image_shape), torch.zeros(1, dtype=torch.long)
-        pgd(model, image, label, norm=threat.norm, eps=threat.eps, num_steps=1)
+        apgd(model, image, label, norm=threat.norm, eps=threat.eps, num_steps=1)
+    if pgd_too:
+        pgd(model, image, label, norm=task.threat.norm, eps=task.threat.eps, num_steps=1)
+
+
+def _uses_pgd(experiment: Experiment) -> bool:
+    """Return whether a method of the experiment crafts with PGD, against the first threat model."""
+    configs = [experiment.method, experiment.start.method]
+    return any(
+        isinstance(getattr(config, field.name), AttackConfig)
+        for config in configs
+        if config is not None
+        for field in dataclasses.fields(config)
+    )
 
 
 def _load_start(experiment: Experiment, task: Task) -> Start:

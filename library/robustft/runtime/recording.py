@@ -7,7 +7,7 @@ from typing import Any
 from robustft.methods import Result
 from robustft.runtime.events import Event
 from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
-from robustft.runtime.outputs import Found, commit
+from robustft.runtime.outputs import Found, commit, evaluations
 from robustft.runtime.search import Trial
 from robustft.runtime.tracking import Tracker
 
@@ -137,7 +137,11 @@ def log_finished(
     tracker.set_tags(parent, {f"chosen.{name}": value for name, value in chosen.choices.items()})
     for name in FILES:
         tracker.log_artifact(parent, directory / name)
-    tracker.log_artifact(parent, directory / "plots")
+    for name in ("plots", "evaluation"):
+        tracker.log_artifact(parent, directory / name)
+    raised = {flag.name for e in evaluations(found) for flag in e.flags if flag.raised}
+    looked_at = {flag.name for e in evaluations(found) for flag in e.flags}
+    tracker.set_tags(parent, {f"flag.{name}": name in raised for name in sorted(looked_at)})
     tags = {
         "threat_model": ", ".join(map(str, found.task.threat_models)),
         "method": summary["method"],

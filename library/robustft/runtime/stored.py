@@ -1,0 +1,60 @@
+"""``RunContext.map`` as a loop in this process that stores every finished item."""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from robustft.runtime.fanout import load_value, store_value
+
+__all__ = ["StoredMap"]
+
+log = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ValueT = TypeVar("ValueT")
+
+INTERVAL = 10.0  # seconds between progress lines
+
+
+class StoredMap:
+    """Computes items in order; those that an earlier, interrupted call has finished are read back.
+
+    Args:
+        store: folder for finished items, in files named by (name, key, item).
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+
+    def __call__(
+        self,
+        fn: Callable[[Any, ItemT], ValueT],
+        items: Iterable[ItemT],
+        *,
+        shared: Any,
+        key: str,
+        name: str,
+    ) -> list[ValueT]:
+        work = list(items)
+        values: list[Any] = []
+        told = time.monotonic()
+        for item in work:
+            path = self._path(name, key, item)
+            if not path.is_file():
+                store_value(path, fn(shared, item))  # type: ignore[arg-type]
+            # Also right after storing, so that a resumed run cannot see other types than this one.
+            values.append(load_value(path))
+            if time.monotonic() - told >= INTERVAL:
+                told = time.monotonic()
+                log.info("%s: %d of %d shards", name, len(values), len(work))
+        return values
+
+    def _path(self, name: str, key: str, item: Any) -> Path:
+        text = json.dumps([name, key, item], sort_keys=True)
+        folder = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+        return self._store / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
