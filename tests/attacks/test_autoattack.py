@@ -475,7 +475,7 @@ class TestOfficialBackend:
             ("L2", (3, 4, 4)),
             ("L1", (1, 14, 14)),
             ("L2", (1, 24, 24)),
-            ("L2", (1, 10, 13)),
+            ("L2", (1, 13, 14)),
         ],
     )
     def test_inputs_that_it_cannot_attack_are_refused(

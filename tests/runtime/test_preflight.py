@@ -47,7 +47,7 @@ def test_a_good_experiment_has_no_findings(tmp_path: Path) -> None:
 
 
 def test_the_embedded_presets_are_ready_to_run() -> None:
-    for name in ("at-embedded", "rift-embedded", "trades-embedded"):
+    for name in ("at-embedded", "multinorm-embedded", "rift-embedded", "trades-embedded"):
         assert texts(validate(load_experiment(name))) == ""
 
 

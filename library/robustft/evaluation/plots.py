@@ -69,8 +69,8 @@ FOCUS = 5.0
 flatten everything near the tolerance."""
 MARGIN = 0.3
 """Percentage points shown below the chosen curve."""
-ACCURACY = r"(?:^|[/_])(?:accuracy|clean|robust|pgd|apgd|adv)\d*$"
-ATTACKED = r"robust|pgd|adv"
+ACCURACY = r"(?:^|[/_])(?:accuracy|clean|robust|pgd|apgd|adv|union|Linf|L2|L1)\d*$"
+ATTACKED = r"robust|pgd|adv|union|Linf|L2|L1"
 
 
 def criticality_bars(rows: Rows) -> Figure:

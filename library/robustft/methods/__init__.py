@@ -1,9 +1,9 @@
 """The methods: one file each, and the dictionary by which everything else finds them."""
 
-from robustft.methods import adversarial, rift
+from robustft.methods import adversarial, multinorm, rift
 from robustft.methods.base import Method, Result
 
-__all__ = ["METHODS", "Method", "Result", "adversarial", "rift"]
+__all__ = ["METHODS", "Method", "Result", "adversarial", "multinorm", "rift"]
 
 METHODS: dict[str, Method] = {
     "at": Method(
@@ -27,6 +27,13 @@ METHODS: dict[str, Method] = {
         prepare_fields=rift.PREPARE_FIELDS,
         metrics=("val/clean", "val/robust", "val/start_clean", "val/start_robust", "movement"),
         needs_start=True,
+    ),
+    "multinorm": Method(
+        name="multinorm",
+        config=multinorm.MultiNormConfig,
+        train=multinorm.train,
+        paper="Croce, Hein, 2022, arXiv 2105.12508",
+        metrics=("val/clean", "val/robust", "val/union", "passes/forwards", "passes/backwards"),
     ),
 }
 """Every method by its name on the command line and in presets."""

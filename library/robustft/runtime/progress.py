@@ -20,6 +20,7 @@ SHOWN = (
     "val/tuned_clean",
     "val/clean",
     "val/robust",
+    "val/union",
 )
 
 

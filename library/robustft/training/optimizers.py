@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,9 +12,13 @@ from robustft.errors import ConfigError
 from robustft.training.checks import require_choice, require_range
 from robustft.training.schedules import ScheduleConfig, lr_factor
 
-__all__ = ["OptimizerConfig", "build_optimizer", "set_lr"]
+__all__ = ["FIXED_RATE", "OptimizerConfig", "build_optimizer", "set_lr"]
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+Decayed = Literal["all", "weights"]
+
+FIXED_RATE = "fixed_rate"
+"""Key of a parameter group whose rate ``set_lr`` leaves alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +33,15 @@ class OptimizerConfig:
     """Nesterov's momentum; only for "sgd" with momentum > 0."""
     weight_decay: float = 5e-4
     """>= 0. Adds weight_decay * w to the gradient ("adamw": decoupled)."""
+    decayed: Decayed = "all"
+    """What weight_decay acts on. "all": every parameter; "weights": neither biases nor the scales
+    and shifts of normalisation, which form a second group."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of "adam" and "adamw", each in [0, 1)."""
 
     def __post_init__(self) -> None:
         require_choice(self, "name", OptimizerName)
+        require_choice(self, "decayed", Decayed)
         require_range(self, 0, 1, "momentum", open_high=True)
         require_range(self, 0, math.inf, "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -54,19 +62,38 @@ def build_optimizer(
     if not trainable:
         raise ConfigError("no parameter is trainable: choose a module that has weights")
     decay = config.weight_decay
+    groups = _groups(config, trainable)
     if config.name == "adam":
-        return torch.optim.Adam(trainable, lr=lr, betas=config.betas, weight_decay=decay)
+        return torch.optim.Adam(groups, lr=lr, betas=config.betas, weight_decay=decay)
     if config.name == "adamw":
-        return torch.optim.AdamW(trainable, lr=lr, betas=config.betas, weight_decay=decay)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=decay)
     if config.name == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=lr, momentum=config.momentum, weight_decay=decay)
+        return torch.optim.RMSprop(groups, lr=lr, momentum=config.momentum, weight_decay=decay)
     return torch.optim.SGD(
-        trainable,
+        groups,
         lr=lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=decay,
     )
+
+
+def _groups(config: OptimizerConfig, trainable: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Part the parameters: with "weights", vectors come second and without decay.
+
+    Note:
+        E-AT's code tells them by "bn" or "bias" in their names, which misses the BatchNorm inside
+        torchvision's ``downsample``; the number of dimensions says the same of its own networks.
+    """
+    if config.decayed == "all":
+        return [{"params": trainable}]
+    weights = [parameter for parameter in trainable if parameter.ndim > 1]
+    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    parts: list[dict[str, Any]] = [
+        {"params": weights},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def set_lr(
@@ -77,8 +104,12 @@ def set_lr(
     epoch: float,
     num_epochs: int,
 ) -> float:
-    """Set the learning rate for the coming step and return it; ``epoch`` is fractional."""
+    """Set the learning rate for the coming step and return it; ``epoch`` is fractional.
+
+    All parameter groups get it but those that carry ``FIXED_RATE``.
+    """
     current = lr * lr_factor(schedule, epoch, num_epochs)
     for group in optimizer.param_groups:
-        group["lr"] = current
+        if not group.get(FIXED_RATE):
+            group["lr"] = current
     return current
