@@ -10,6 +10,9 @@ import pytest
 # Before torch is imported anywhere, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Before ray is imported anywhere (MLflow does): without it an embedded Ray listens on the network.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
 # A shell ignores Ctrl-C in what it starts in the background, and so does everything started from
 # there: the tests of Ctrl-C would wait for ever. A handler is not inherited, an "ignore" is.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
