@@ -57,7 +57,7 @@ def test_yaml_is_a_faithful_skin(tmp_path: Path) -> None:
     [
         ({"name": "x"}, "missing field method"),
         ({**RIFT, "method": "rift"}, "method must be a mapping with a name"),
-        ({**RIFT, "method": {"name": "rfit"}}, "unknown method 'rfit': did you mean 'rift'"),
+        ({**RIFT, "method": {"name": "rifft"}}, "unknown method 'rifft': did you mean 'rift'"),
         ({**RIFT, "method": {"name": "rift", "epoch": 1}}, "did you mean 'method.epochs'"),
         ({**RIFT, "method": {"name": "rift", "lr": -1}}, "method: lr = -1"),
         ({**RIFT, "tusk": {}}, "unknown field 'tusk': did you mean 'task'"),

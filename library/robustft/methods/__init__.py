@@ -1,9 +1,19 @@
 """The methods: one file each, and the dictionary by which everything else finds them."""
 
-from robustft.methods import adversarial, multinorm, rift
+from robustft.methods import adversarial, autolora, multinorm, rift, twins, vanilla
 from robustft.methods.base import Method, Result
 
-__all__ = ["METHODS", "Method", "Result", "adversarial", "multinorm", "rift"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Result",
+    "adversarial",
+    "autolora",
+    "multinorm",
+    "rift",
+    "twins",
+    "vanilla",
+]
 
 METHODS: dict[str, Method] = {
     "at": Method(
@@ -34,6 +44,30 @@ METHODS: dict[str, Method] = {
         train=multinorm.train,
         paper="Croce, Hein, 2022, arXiv 2105.12508",
         metrics=("val/clean", "val/robust", "val/union", "passes/forwards", "passes/backwards"),
+    ),
+    "autolora": Method(
+        name="autolora",
+        config=autolora.AutoLoraConfig,
+        train=autolora.train,
+        paper="Xu, Zhang, Kankanhalli, 2024, arXiv 2310.01818",
+        metrics=("val/clean", "val/robust", "passes/forwards", "passes/backwards"),
+        needs_start=True,
+    ),
+    "rft": Method(
+        name="rft",
+        config=vanilla.RftConfig,
+        train=vanilla.train,
+        paper="Shafahi et al., 2020, arXiv 1905.08232",
+        metrics=("val/clean", "val/robust", "passes/forwards", "passes/backwards"),
+        needs_start=True,
+    ),
+    "twins": Method(
+        name="twins",
+        config=twins.TwinsConfig,
+        train=twins.train,
+        paper="Liu, Xu, Ji, Chan, 2023, arXiv 2303.11135",
+        metrics=("val/clean", "val/robust", "passes/forwards", "passes/backwards"),
+        needs_start=True,
     ),
 }
 """Every method by its name on the command line and in presets."""

@@ -1,0 +1,260 @@
+"""AutoLoRa against a search over its baselines' hyper-parameters: robust accuracy against cost.
+
+Purpose: what AutoLoRa's claim "no search needed" is worth. A network that was adversarially
+trained on the embedded Fashion-MNIST is fine-tuned to digits: once by AutoLoRa with its published
+constants, and by vanilla robust fine-tuning and TWINS with learning rate, weight decay and loss
+weights drawn at random, until the search has cost 1, 4 and 16 times what AutoLoRa costs. Trials
+are compared on val; for each budget the best is trained with every seed and read on test.
+
+Cost is counted in passes over single images, forwards and backwards, of everything a trial does:
+attacks, updates and validation. Trials of a random search are exchangeable, so the cheaper searches
+are prefixes of the largest, in an order drawn by --search_seed.
+
+Command: ``python experiments/autolora_baselines.py``
+Time: up to 53 trials of about 90,000 passes (15 s on one core each), and the start (--start
+reuses one); the whole has not been timed on a quiet machine.
+Output: ``curve.png`` (the main picture), ``table.md`` and ``results.json`` in --output, and a run
+folder and MLflow run for each search and each row of the table.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The source beside this script wins over an installed copy: a Ray job runs what it has shipped.
+LIBRARY = Path(__file__).resolve().parents[1] / "library"
+if LIBRARY.is_dir():
+    sys.path.insert(0, str(LIBRARY))
+
+import pyarrow.parquet as pq  # noqa: E402  after the path
+import tyro  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from robustft.config import from_dict, to_dict  # noqa: E402
+from robustft.errors import RunError  # noqa: E402
+from robustft.evaluation.intervals import mean_interval  # noqa: E402
+from robustft.runtime.experiment import (  # noqa: E402
+    Experiment,
+    SearchConfig,
+    load_experiment,
+    method_name,
+)
+from robustft.runtime.jsonfile import write_json  # noqa: E402
+from robustft.runtime.run import run  # noqa: E402
+
+MEASURES = {"clean": "clean", "PGD": "Linf/pgd", "APGD": "Linf/apgd"}
+SCORE = "val/robust"
+PASSES = ("passes/forwards", "passes/backwards")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """AutoLoRa against a search over its baselines' hyper-parameters."""
+
+    autolora: str = "autolora-embedded"
+    """Preset of the method that is not searched."""
+    baselines: tuple[str, ...] = ("autolora-embedded-rft", "autolora-embedded-twins")
+    """Presets with a random search."""
+    pretrain: str = "at-embedded"
+    """Preset of the start; its model is what all fine-tune."""
+    start: Path | None = None
+    """Model folder to start from instead."""
+    root: str | None = None
+    """Folder of the data that are fine-tuned to; None: they are fetched."""
+    budgets: tuple[float, ...] = (1.0, 4.0, 16.0)
+    """Costs of the searches, in runs of AutoLoRa, ascending."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every row of the table, at least two."""
+    search_seed: int = 0
+    """Seed of the order in which trials count."""
+    output: Path = Path("runs") / "autolora-baselines"
+    """Folder of picture and tables."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tried:
+    """A trial of a search: its values, its cost in passes, its accuracy on val."""
+
+    values: Mapping[str, Any]
+    cost: float
+    score: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+    """A row of the table: what was run, at what search cost, and test accuracies per seed."""
+
+    method: str
+    cost: float
+    trials: int
+    values: Mapping[str, Any]
+    test: Mapping[str, Sequence[float]]
+
+
+def with_start(experiment: Experiment, start: Path, options: Options) -> Experiment:
+    """Return the experiment from a given model and, if so asked, with data from a folder."""
+    root = options.root or experiment.task.root
+    return dataclasses.replace(
+        experiment,
+        start=dataclasses.replace(experiment.start, checkpoint=str(start), method=None),
+        task=dataclasses.replace(experiment.task, root=root),
+    )
+
+
+def chosen(experiment: Experiment, values: Mapping[str, Any], seeds: Sequence[int]) -> Experiment:
+    """Return the experiment with searched values fixed and nothing varied but the seed."""
+    method = from_dict(type(experiment.method), {**to_dict(experiment.method), **values})
+    search = SearchConfig(space={"seed": list(seeds)}, metric=SCORE)
+    return dataclasses.replace(experiment, method=method, search=search)
+
+
+def tried(directory: Path, names: Sequence[str]) -> list[Tried]:
+    """Return the trials of a run; one that failed scores 0 at the price of the dearest.
+
+    Raises:
+        RunError: no trial came to an end.
+    """
+    rows = pq.read_table(directory / "trials.parquet").to_pylist()
+    costs = [sum(row[name] for name in PASSES) for row in rows if not row["error"]]
+    if not costs:
+        raise RunError(f"no trial of {directory} came to an end: see its trials.parquet")
+    found = []
+    for row in rows:
+        values = {name: row[name] for name in names}
+        cost = max(costs) if row["error"] else sum(row[name] for name in PASSES)
+        found.append(Tried(values, cost, 0.0 if row["error"] else row[SCORE]))
+    return found
+
+
+def affordable(trials: Sequence[Tried], budget: float) -> list[Tried]:
+    """Return the first trials that together cost at most ``budget``, but one at least."""
+    costs = itertools.accumulate(trial.cost for trial in trials)
+    count = sum(cost <= budget for cost in costs)
+    return list(trials[: max(1, count)])
+
+
+def expected_best(scores: Sequence[float]) -> list[float]:
+    """Return the expected best of k scores drawn without replacement, for k = 1 to all of them."""
+    ranked = sorted(scores)
+    return [
+        sum(score * math.comb(below, k - 1) for below, score in enumerate(ranked))
+        / math.comb(len(ranked), k)
+        for k in range(1, len(ranked) + 1)
+    ]
+
+
+def measured(experiment: Experiment) -> tuple[dict[str, list[float]], Path]:
+    """Run an experiment over seeds; return test accuracies per measure and the run's folder."""
+    report = run(experiment)
+    seeds = report.summary["after"]["seeds"].values()
+    test = {name: [seed[metric]["accuracy"] for seed in seeds] for name, metric in MEASURES.items()}
+    return test, report.directory
+
+
+def compare(options: Options) -> tuple[list[Line], dict[str, list[Tried]], float]:
+    """Run everything; return the table, the searches' trials in order, and the unit of cost."""
+    start = options.start or run(load_experiment(options.pretrain)).directory / "model"
+    base = with_start(load_experiment(options.autolora), start, options)
+    test, directory = measured(chosen(base, {}, options.seeds))
+    runs = tried(directory, ())
+    unit = sum(trial.cost for trial in runs) / len(runs)
+    lines = [Line(method_name(base.method), 1.0, 1, {}, test)]
+    searches: dict[str, list[Tried]] = {}
+    for preset in options.baselines:
+        base = with_start(load_experiment(preset), start, options)
+        name = method_name(base.method)
+        # Attacks on test are for what a budget finds, below.
+        cheap = dataclasses.replace(base.evaluation, suite="clean")
+        searched = run(dataclasses.replace(base, evaluation=cheap))
+        trials = tried(searched.directory, list(base.search.space))
+        random.Random(options.search_seed).shuffle(trials)
+        searches[name] = trials
+        known: dict[int, dict[str, list[float]]] = {}
+        for budget in options.budgets:
+            prefix = affordable(trials, budget * unit)
+            best = max(range(len(prefix)), key=lambda i: prefix[i].score)
+            if best not in known:
+                known[best], _ = measured(chosen(base, prefix[best].values, options.seeds))
+            cost = sum(trial.cost for trial in prefix) / unit
+            lines.append(Line(name, cost, len(prefix), prefix[best].values, known[best]))
+    return lines, searches, unit
+
+
+def percent(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and Student's interval over seeds, in percent."""
+    low, high = mean_interval(values)
+    return 100 * sum(values) / len(values), 100 * low, 100 * high
+
+
+def table(lines: Sequence[Line], seeds: Sequence[int]) -> str:
+    """Return a Markdown table of test accuracies in percent, mean and interval over seeds."""
+    header = ["", "search cost", "trials", *MEASURES, "APGD by seed", "chosen"]
+    rows = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for line in lines:
+        cells = [line.method, f"{line.cost:.1f}x", str(line.trials)]
+        for name in MEASURES:
+            mean, low, high = percent(line.test[name])
+            cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
+        cells.append(", ".join(f"{100 * value:.1f}" for value in line.test["APGD"]))
+        cells.append(", ".join(f"{name} {text(value)}" for name, value in line.values.items()))
+        rows.append("| " + " | ".join(cells) + " |")
+    note = f"Mean over seeds {', '.join(map(str, seeds))} and 95 % interval; cost in AutoLoRa runs."
+    return "\n".join([*rows, "", note]) + "\n"
+
+
+def text(value: Any) -> str:
+    """Return a searched value in short."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {text(one)}" for name, one in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def draw(lines: Sequence[Line], searches: Mapping[str, Sequence[Tried]], unit: float) -> Figure:
+    """Draw test accuracy of what each budget finds, and what the search saw on val."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    on_test, on_val = figure.subplots(1, 2)
+    for name in dict.fromkeys(line.method for line in lines):
+        own = [line for line in lines if line.method == name]
+        means, lows, highs = zip(*(percent(line.test["APGD"]) for line in own), strict=True)
+        errors = [
+            [mean - low for mean, low in zip(means, lows, strict=True)],
+            [high - mean for mean, high in zip(means, highs, strict=True)],
+        ]
+        costs = [line.cost for line in own]
+        on_test.errorbar(costs, means, yerr=errors, marker="o", capsize=3, label=name)
+    for name, trials in searches.items():
+        best = [100 * value for value in expected_best([trial.score for trial in trials])]
+        step = sum(trial.cost for trial in trials) / len(trials) / unit
+        on_val.plot([step * k for k in range(1, len(best) + 1)], best, label=name)
+    on_test.set_ylabel("robust accuracy on test, APGD (%)")
+    on_test.set_title("best of a search, retrained: mean, 95 % over seeds", fontsize="small")
+    on_val.set_ylabel("robust accuracy on val (%)")
+    on_val.set_title("expected best of a random search", fontsize="small")
+    for axes in (on_test, on_val):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("search cost, in runs of AutoLoRa")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def main(options: Options) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    lines, searches, unit = compare(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    written = table(lines, options.seeds)
+    (options.output / "table.md").write_text(written, encoding="utf-8")
+    results = {"passes_of_a_run": unit, "lines": lines, "searches": searches}
+    write_json(options.output / "results.json", to_dict(results))
+    draw(lines, searches, unit).savefig(options.output / "curve.png", dpi=150)
+    sys.stdout.write(written)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
