@@ -62,7 +62,7 @@ test: $(VENV)/test.stamp
 
 test-cluster: $(VENV)/test.stamp
 	@echo "test-cluster: the tests that start a Ray cluster of their own"
-	@$(RUN) -m pytest -m 'cluster and not gpu and not network and not browser' $(ARGS)
+	@$(RUN) -m pytest -m 'cluster and not slow and not gpu and not network and not browser' $(ARGS)
 
 check: $(VENV)/dev.stamp
 	@echo "check: format"
