@@ -24,7 +24,7 @@ import tyro
 from torch import Tensor, nn
 
 from robustft.attacks import AutoAttackResult, autoattack, pgd
-from robustft.data import TaskConfig, load_task
+from robustft.data import Task, TaskConfig, load_task
 from robustft.models import build_model, load_model_dir, load_start
 from robustft.threat import ThreatModel
 from robustft.training.precision import full_float32
@@ -46,7 +46,7 @@ class Config:
     """Folder with its files."""
     split: str = "test"
     """Split to take the points from."""
-    threat: tuple[str, ...] = ("Linf:0.1", "L2:1.5", "L1:15")
+    threat: tuple[str, ...] = ("Linf:0.1", "L2:1.0", "L1:10")
     """Threat models, norm:radius."""
     version: str = "standard"
     """Version of AutoAttack."""
@@ -62,10 +62,16 @@ class Config:
     """Write benchmarks/results/autoattack_<data>_<device>_<date>.md."""
 
 
-def trained(images: Tensor, labels: Tensor, eps: float) -> nn.Module:
+def trained(task: Task, images: Tensor, labels: Tensor, eps: float) -> nn.Module:
     """A small network after four epochs of adversarial training, so that half stays robust."""
     torch.manual_seed(0)
-    model = build_model("small_resnet", num_classes=10, image_shape=tuple(images.shape[1:]))
+    model = build_model(
+        "small_resnet",
+        num_classes=task.num_classes,
+        image_shape=task.image_shape,
+        mean=task.mean,
+        std=task.std,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(4):
         for rows in torch.randperm(len(images)).split(64):
@@ -105,7 +111,7 @@ def measure(config: Config) -> list[str]:
         return torch.from_numpy(data.images).float() / 255, torch.from_numpy(data.labels)
 
     if config.model is None:
-        model = trained(*tensors("train"), threats[0].eps)
+        model = trained(task, *tensors("train"), threats[0].eps)
     elif config.architecture is None:
         model = load_model_dir(config.model)[0].build()
     else:
