@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from robustft.data import Task
-    from robustft.evaluation.evaluate import Mapper
     from robustft.evaluation.loss_surface import LossSurface
+    from robustft.evaluation.mapping import Mapper
     from robustft.threat import ThreatModel
 
     Subject = tuple[nn.Module, Iterable[tuple[Tensor, Tensor]]]
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Surface", "draw_surfaces"]
 
 SplitT = TypeVar("SplitT")
+
+DATA, MAX_LENGTH = "fashion_mnist_mini", 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,15 @@ class Surface(Options):
     """What the models are called in the pictures, one each; none: their paths."""
     architecture: str | None = None
     """Architecture of bare weights (see `robustft ls models`); a model folder knows its own."""
-    data: str = "fashion_mnist_mini"
-    """Data set (see `robustft ls datasets`), of images or of texts."""
+    data: str | None = None
+    """Data set (see `robustft ls datasets`), of images or of texts. None: that of the first run,
+    with its --root and --max_length; where no run is named, fashion_mnist_mini."""
     root: str | None = None
     """Folder with the data files; None: under $ROBUSTFT_HOME."""
     tokenizer: str | None = None
     """For texts: a model's folder, minilm or a hub id; None: that of the first model."""
-    max_length: int = 128
-    """For texts: tokens that a row is cut to."""
+    max_length: int | None = None
+    """For texts: tokens that a row is cut to; None: 128."""
     split: str = "train"
     """train, val or test."""
     limit: int = 512
@@ -91,6 +94,7 @@ def draw_surfaces(verb: Surface) -> Answer:
     from robustft.evaluation.loss_surface import loss_surface
 
     names = _names(verb)
+    verb = _with_data(verb)
     attack = None if verb.threat is None else _threat(verb.threat)
     _check_device(verb)
     # All before the first is measured: a wrong path is to be known now.
@@ -126,6 +130,26 @@ def draw_surfaces(verb: Surface) -> Answer:
     return Answer(document, f"{table(rows)}\n\n{page}")
 
 
+def _with_data(verb: Surface) -> Surface:
+    """Fill in what is not given of the data from the first run that is named."""
+    from robustft.config import load_yaml
+    from robustft.runtime.experiment import experiment_from_dict
+
+    if verb.data is not None:
+        return verb
+    configs = (Path(reference).expanduser() / "config.yaml" for reference in verb.models)
+    config = next((path for path in configs if path.is_file()), None)
+    if config is None:
+        return dataclasses.replace(verb, data=DATA)
+    task = experiment_from_dict(load_yaml(config)).task
+    return dataclasses.replace(
+        verb,
+        data=task.data,
+        root=verb.root or task.root,
+        max_length=verb.max_length or getattr(task, "max_length", None),
+    )
+
+
 def _subjects(verb: Surface, attack: "ThreatModel | None") -> list["Subject"]:
     """Return every model with the examples to measure it on."""
     from robustft.data.text_sets import TEXT_DATASETS
@@ -137,7 +161,7 @@ def _image_subjects(verb: Surface, attack: "ThreatModel | None") -> list["Subjec
     from robustft.data import TaskConfig, load_task
     from robustft.evaluation.loss_surface import split_batches
 
-    config = TaskConfig(data=verb.data, root=verb.root)
+    config = TaskConfig(data=verb.data or DATA, root=verb.root)
     if attack is not None:
         config = dataclasses.replace(config, threat_models=(attack,))
     task = load_task(config)
@@ -162,7 +186,10 @@ def _text_subjects(verb: Surface) -> list["Subject"]:
     # The folder of a model holds its tokeniser; a name, such as minilm, stands for both.
     tokenizer = verb.tokenizer or str(folders[0] or verb.models[0])
     config = TextTaskConfig(
-        data=verb.data, root=verb.root, tokenizer=tokenizer, max_length=verb.max_length
+        data=verb.data or DATA,
+        root=verb.root,
+        tokenizer=tokenizer,
+        max_length=verb.max_length or MAX_LENGTH,
     )
     task = load_text_task(config)
     split = _split(verb, task.splits)

@@ -8,12 +8,10 @@ result is the same for any number of shards and workers.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from robustft.data.base import content_digest
 from robustft.data.corrupted_sets import find_published, read_published
 from robustft.errors import ConfigError, DataError, UnknownNameError
 from robustft.evaluation import sanity
+from robustft.evaluation.mapping import Mapper, in_turn, shared_key
 from robustft.evaluation.outcome import Evaluation, Flag, Strip
 from robustft.evaluation.shards import device_of, measure_shard
 from robustft.evaluation.suites import (
@@ -55,20 +54,6 @@ Masks = dict[str, NDArray[np.bool_]]
 CANDIDATES = 8
 """Pictures are taken from the first so many examples per picture wanted: whatever the shards are,
 the same ones are shown, and no worker sends back more."""
-
-
-class Mapper(Protocol):
-    """``RunContext.map``: ``[fn(shared, item) for item in items]``, perhaps in parallel."""
-
-    def __call__(
-        self,
-        fn: Callable[[Any, ItemT], ValueT],
-        items: Iterable[ItemT],
-        *,
-        shared: Any,
-        key: str,
-        name: str,
-    ) -> list[ValueT]: ...
 
 
 def evaluate(
@@ -124,7 +109,7 @@ def evaluate(
                 num_classes=task.num_classes,
             )
     training = any(module.training for module in model.modules())
-    run = _Run(model, data, task, config=config, split=split, map=map or _loop, device=device)
+    run = _Run(model, data, task, config=config, split=split, map=map or in_turn, device=device)
     if surrogate is not None:
         run.shared["surrogate"] = surrogate
     run.prepare_corruptions()
@@ -190,7 +175,7 @@ class _Run:
         self.data, self.task, self.config = data, task, config
         self.map, self.name = map, f"evaluate {split}"
         self.model_digest = state_digest(model.state_dict())
-        self.key = _key(self.model_digest, type(model), data, task.digest, config.seed)
+        self.key = shared_key(self.model_digest, type(model), data.ids, task.digest, config.seed)
         self.shared: dict[str, Any] = {
             "model": model,
             "split": data,
@@ -400,24 +385,3 @@ def _limited(split: Split, config: EvaluationConfig) -> Split:
     # Files are often sorted by class, so a prefix of the file would be no sample of the split.
     order = np.random.default_rng(0).permutation(n)
     return split.take(order[: config.limit])
-
-
-def _key(model_digest: str, kind: type, data: Split, task_digest: str, seed: int) -> str:
-    """Name what all shards share by its content; what is done with it is in the items."""
-    digest = hashlib.sha256(model_digest.encode())
-    digest.update(kind.__qualname__.encode())
-    digest.update(np.ascontiguousarray(data.ids).tobytes())
-    version = importlib.metadata.version("robustft")
-    digest.update(f"{task_digest} {seed} {version}".encode())
-    return digest.hexdigest()
-
-
-def _loop(
-    fn: Callable[[Any, ItemT], ValueT],
-    items: Iterable[ItemT],
-    *,
-    shared: Any,
-    key: str,
-    name: str,
-) -> list[ValueT]:
-    return [fn(shared, item) for item in items]

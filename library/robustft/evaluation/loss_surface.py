@@ -32,7 +32,7 @@ from robustft.attacks import attack_mode, pgd
 from robustft.attacks.losses import LossFunction, ce
 from robustft.data.base import content_digest
 from robustft.errors import ConfigError, DataError, ResourceError
-from robustft.evaluation.evaluate import Mapper
+from robustft.evaluation.mapping import Mapper, in_turn
 from robustft.evaluation.shards import device_of
 from robustft.models import state_digest
 from robustft.threat import ThreatModel
@@ -283,7 +283,7 @@ def loss_surface(
         "seed": seed,
         "device": device,
     }
-    values = (map or _loop)(
+    values = (map or in_turn)(
         measure_rows,
         [{"x": axis.tolist(), "y": [float(y)]} for y in axis],
         shared=shared,
@@ -463,9 +463,3 @@ def _layout_digest(parameters: Mapping[str, Tensor]) -> str:
     """Name what the draw depends on beside the seed: models of one architecture have the same."""
     layout = sorted((name, list(tensor.shape)) for name, tensor in parameters.items())
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-
-
-def _loop(
-    fn: Any, items: Iterable[Any], *, shared: Any, key: str, name: str
-) -> list[dict[str, Any]]:
-    return [fn(shared, item) for item in items]

@@ -7,11 +7,10 @@ number of shards and workers.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +32,7 @@ from robustft.attacks.text.classifier import attacked_field
 from robustft.data.text import TextSplit, TextTask
 from robustft.data.tokens import load_tokenizer
 from robustft.errors import ConfigError, DataError, UnknownNameError
-from robustft.evaluation.evaluate import Mapper
+from robustft.evaluation.mapping import Mapper, in_turn, shared_key
 from robustft.evaluation.outcome import Flag
 from robustft.evaluation.text_outcome import (
     AdversarialText,
@@ -214,7 +213,9 @@ def evaluate_text(
         batch_size=config.batch_size,
     )
     training = any(module.training for module in model.modules())
-    run = _Run(classifier, data, task, config=config, split=split, map=map or _loop, device=device)
+    run = _Run(
+        classifier, data, task, config=config, split=split, map=map or in_turn, device=device
+    )
     _check_outputs(classifier, data, task)
     run.prepare(measures)
     flags = run.check(attacks, training=training) if attacks and config.sanity else []
@@ -269,7 +270,7 @@ class _Run:
         self.config, self.split, self.map = config, split, map
         self.field = attacked_field(config.field, pair=task.pair)
         self.model_digest = state_digest(classifier.model.state_dict())
-        self.key = _key(self.model_digest, type(classifier.model), data, task.digest)
+        self.key = shared_key(self.model_digest, type(classifier.model), data.ids, task.digest)
         self.shared: dict[str, Any] = {
             "model": classifier.model,
             "tokenizer": classifier.encoder,
@@ -522,24 +523,3 @@ def _limited(split: TextSplit, limit: int | None) -> TextSplit:
 
 def _joined(shards: Sequence[Mapping[str, Any]], name: str) -> NDArray[Any]:
     return np.concatenate([shard[name] for shard in shards])
-
-
-def _key(model_digest: str, kind: type, data: TextSplit, task_digest: str) -> str:
-    """Name what all items share by its content; what is done with it is in the items."""
-    digest = hashlib.sha256(model_digest.encode())
-    digest.update(kind.__qualname__.encode())
-    digest.update(np.ascontiguousarray(data.ids).tobytes())
-    version = importlib.metadata.version("robustft")
-    digest.update(f"{task_digest} {version}".encode())
-    return digest.hexdigest()
-
-
-def _loop(
-    fn: Callable[[Any, ItemT], ValueT],
-    items: Iterable[ItemT],
-    *,
-    shared: Any,
-    key: str,
-    name: str,
-) -> list[ValueT]:
-    return [fn(shared, item) for item in items]

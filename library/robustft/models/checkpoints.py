@@ -32,8 +32,10 @@ __all__ = [
     "load_model_dir",
     "load_robustbench",
     "load_start",
+    "require_finite",
     "save_model",
     "state_digest",
+    "without_nan",
 ]
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def save_model(
         **{name: to_dict(getattr(start, name)) for name in ARCHITECTURE_FIELDS},
         "source": start.source,
         "digest": hashlib.sha256(data).hexdigest(),
-        **_finite(to_dict(card)),
+        **without_nan(to_dict(card)),
     }
     text = json.dumps(written, indent=2, allow_nan=False) + "\n"
     try:
@@ -125,7 +127,8 @@ def load_model_dir(path: str | Path) -> tuple[Start, dict[str, Any]]:
         The model as a starting point, and its card.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the weights are not those of the card.
+        CheckpointError: a file is missing or damaged, the weights are not those of the card, or
+            it is a text model's directory.
         UnknownNameError: this version has no architecture of that name.
     """
     path = Path(path)
@@ -150,7 +153,7 @@ def load_model_dir(path: str | Path) -> tuple[Start, dict[str, Any]]:
         raise CheckpointError(f"{path / CARD} is damaged ({error}): copy it again") from error
     weights = parse_weights(data, path / WEIGHTS)
     state = _checked(weights, start.build().state_dict(), start, str(path))
-    _require_finite(state, str(path))
+    require_finite(state, str(path))
     return dataclasses.replace(start, state=state), card
 
 
@@ -239,7 +242,7 @@ def _fit(start: Start, weights: Mapping[str, Tensor], layout: str | None = None)
             # Files from before torch 0.4.1 lack the counters, which no output depends on.
             entries[name] = value
     fitted = _checked(entries, network, start, start.source)
-    _require_finite(fitted, start.source)
+    require_finite(fitted, start.source)
     mean, std = _normalization(start, normalizer, trusted=trusted)
     state = {
         "mean": torch.tensor(mean).view_as(fresh["mean"]),
@@ -342,7 +345,16 @@ def _listed(kind: str, names: Sequence[str]) -> str:
     return f"{len(names)} {kind} ({', '.join(names[:NUM_NAMED])}{more})"
 
 
-def _require_finite(state: Mapping[str, Tensor], origin: str) -> None:
+def require_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        state: the weights.
+        origin: where they come from, for the message.
+
+    Raises:
+        CheckpointError: there are such tensors; names the first few.
+    """
     broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(
@@ -402,6 +414,11 @@ def _read_card(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): copy it again") from error
     missing = [name for name in OWN_FIELDS if not isinstance(card, dict) or name not in card]
+    if missing and isinstance(card, dict) and "model" in card:
+        raise CheckpointError(
+            f"{path} describes a text model ({card['model']}), and an image model is wanted: give "
+            "text data with it (--data rotten_tomatoes), or another folder"
+        )
     if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}: it was not written by robustft; give the weight "
@@ -410,12 +427,12 @@ def _read_card(path: Path) -> dict[str, Any]:
     return dict(card)
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Return ``value`` with null in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

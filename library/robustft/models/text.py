@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustft.config import to_dict
 from robustft.errors import CheckpointError, ConfigError, ResourceError
-from robustft.models.checkpoints import _finite
+from robustft.models.checkpoints import require_finite, without_nan
 
 __all__ = [
     "TextModel",
@@ -236,7 +236,7 @@ def load_text_start(
         logger.info("%s: %d tensors are fresh (%s)", source, len(fresh), ", ".join(sorted(fresh)))
     model = _wrap(network)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    _require_finite(state, source)
+    require_finite(state, source)
     config = network.config.to_dict()
     config.pop("_name_or_path", None)  # where it lay on this machine
     return TextStart(
@@ -327,7 +327,7 @@ def save_text_model(
                 "num_classes": start.num_classes,
                 "source": start.source,
                 "digest": digest,
-                **_finite(to_dict(card)),
+                **without_nan(to_dict(card)),
             }
             text = json.dumps(written, indent=2, allow_nan=False) + "\n"
             Path(part, CARD).write_text(text, encoding="utf-8")
@@ -461,15 +461,6 @@ def _require_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], o
             f"{origin} does not fit the text model: {len(wrong)} tensors are missing, unexpected "
             f"or of another shape ({', '.join(wrong[:NUM_NAMED])}); build it from the config and "
             "the number of classes that it was trained with"
-        )
-
-
-def _require_finite(state: Mapping[str, Tensor], origin: str) -> None:
-    broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
-    if broken:
-        raise CheckpointError(
-            f"{origin} holds weights that are NaN or infinite ({', '.join(broken[:NUM_NAMED])}): "
-            "use a checkpoint from before the training diverged"
         )
 
 

@@ -16,7 +16,7 @@ from robustft.data.text import TextSplit, TextTask, TextTaskConfig, load_text_ta
 from robustft.data.tokens import load_tokenizer, model_source
 from robustft.errors import ConfigError
 from robustft.evaluation import Evaluation, evaluate
-from robustft.evaluation.evaluate import Mapper
+from robustft.evaluation.mapping import Mapper
 from robustft.evaluation.text_evaluate import evaluate_text
 from robustft.evaluation.text_outcome import TextEvaluation
 from robustft.models import Start
