@@ -25,6 +25,7 @@ import pyarrow.parquet as pq  # noqa: E402  after the path
 import tyro  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from robustft.config import replaced  # noqa: E402
 from robustft.evaluation.intervals import mean_interval  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
 from robustft.runtime.jsonfile import write_json  # noqa: E402
@@ -100,12 +101,6 @@ def variant(base: Experiment, name: str, seed: int, options: Options) -> Experim
     return dataclasses.replace(
         base, start=start, task=task, method=method, evaluation=evaluation, runtime=runtime
     )
-
-
-def replaced(config: Any, **changes: Any) -> Any:
-    """Return a part of the experiment with those fields changed that were given."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(config, **given)
 
 
 def estimate(values: Sequence[float], form: str = ".1f") -> str:

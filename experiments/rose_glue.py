@@ -31,7 +31,7 @@ if LIBRARY.is_dir():
 import tyro  # noqa: E402  after the path
 from matplotlib.figure import Figure  # noqa: E402
 
-from robustft.config import to_dict  # noqa: E402
+from robustft.config import replaced, to_dict  # noqa: E402
 from robustft.errors import UnknownNameError  # noqa: E402
 from robustft.evaluation.intervals import mean_interval  # noqa: E402
 from robustft.runtime.experiment import (  # noqa: E402
@@ -135,12 +135,6 @@ def prepared(options: Options) -> Experiment:
         method=replaced(base.method, epochs=options.epochs),
         evaluation=replaced(base.evaluation, limit=options.limit),
     )
-
-
-def replaced(config: Any, **changes: Any) -> Any:
-    """Return a part of the experiment with those fields changed that were given."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(config, **given)
 
 
 def searched(experiment: Experiment, num_samples: int) -> Mapping[str, Any]:

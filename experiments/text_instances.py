@@ -35,26 +35,22 @@ Output: ``table.md``, ``results.json``, ``effects.png`` and ``report/report.html
 points show their sentence) in --output; the searches' run folders in its ``runs``.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # The source beside this script wins over an installed copy: a Ray job runs what it has shipped.
-HERE = Path(__file__).resolve().parent
-LIBRARY = HERE.parent / "library"
-sys.path[:0] = [str(folder) for folder in (HERE, LIBRARY) if folder.is_dir()]
+LIBRARY = Path(__file__).resolve().parents[1] / "library"
+if LIBRARY.is_dir():
+    sys.path.insert(0, str(LIBRARY))
 
 import numpy as np  # noqa: E402  after the path
 import tyro  # noqa: E402
 
-import robust_instances as study  # noqa: E402
-from robust_instances import CONTROL, Effect, Remedy, Trained  # noqa: E402
-from robustft.config import to_dict  # noqa: E402
+from robustft.config import replaced  # noqa: E402
 from robustft.data.text import TextSplit, TextTask, load_text_task  # noqa: E402
 from robustft.errors import ConfigError  # noqa: E402
 from robustft.evaluation import Flag  # noqa: E402
@@ -65,21 +61,12 @@ from robustft.evaluation.text_evaluate import (  # noqa: E402
     evaluate_text,
     text_measures,
 )
-from robustft.methods.instance_selection import (  # noqa: E402
-    Aggregates,
-    score,
-    spearman,
-    split_groups,
-)
+from robustft.methods.instance_selection import Aggregates, score, spearman  # noqa: E402
 from robustft.methods.instance_statistics import InstanceStatistics  # noqa: E402
-from robustft.runtime.events import EventPump  # noqa: E402
+from robustft.runtime import instance_study as study  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
-from robustft.runtime.fanout import Fanout  # noqa: E402
-from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.outputs import command_line  # noqa: E402
 from robustft.runtime.results import load_result  # noqa: E402
-from robustft.runtime.run import run  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
 from robustft.runtime.starts import load_or_fresh  # noqa: E402
 from robustft.runtime.text_runs import AnyStart  # noqa: E402
 
@@ -89,7 +76,7 @@ LONG = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(study.Options):
+class Options(study.StudyOptions):
     """Robust instances of text: does it matter which sentences a model learns from?"""
 
     preset: str = "text-instances-embedded"
@@ -118,7 +105,6 @@ def prepared(options: Options) -> Experiment:
         raise ConfigError(
             "evaluation.suite names no attack, and robust accuracy decides: add deepwordbug"
         )
-    replaced = study.replaced
     task = replaced(
         base.task,
         data=options.data,
@@ -128,7 +114,7 @@ def prepared(options: Options) -> Experiment:
         limit_train=options.limit_train,
     )
     group = replaced(base.method.group, metric=options.metric, perturbation=options.perturbation)
-    method = dataclasses.replace(replaced(base.method, epochs=options.epochs), group=group)
+    method = replaced(base.method, epochs=options.epochs, group=group)
     return dataclasses.replace(
         base,
         task=task,
@@ -138,18 +124,8 @@ def prepared(options: Options) -> Experiment:
     )
 
 
-def training(
-    base: Experiment, remedy: Remedy, seed: int, folder: Path, options: Options
-) -> Experiment:
-    """Return one seed's search under one treatment: groups x shares (x strengths)."""
-    experiment = study.training(base, remedy, seed, folder, options)
-    collect = dataclasses.replace(base.method.collect, folder=None)
-    method = dataclasses.replace(experiment.method, collect=collect)
-    return dataclasses.replace(experiment, method=method)
-
-
 def measured(
-    models: Sequence[Trained],
+    models: Sequence[study.Trained],
     start: AnyStart,
     task: TextTask,
     config: TextEvaluationConfig,
@@ -177,8 +153,7 @@ def checks(
     statistics: Sequence[InstanceStatistics], split: TextSplit, summary: Aggregates, group: Any
 ) -> list[Flag]:
     """Return whether the score can be trusted: as for images, and how much of it is length."""
-    perturbation = group.perturbation or next(iter(statistics[0].manifest.perturbations))
-    found = study.checks(statistics, perturbation, group)
+    found = study.checks(statistics, group)
     keys = score(summary, group.metric)
     known = np.isfinite(keys)
     lengths = split.lengths[np.argsort(split.ids, kind="stable")].astype(np.float64)
@@ -188,37 +163,6 @@ def checks(
         "length moves each token of a long sentence less."
     )
     return [*found, Flag(name="score_and_length", raised=abs(value) > LONG, value=value, text=text)]
-
-
-def rows(
-    models: Sequence[Trained], test: Sequence[Mapping[str, float]], found: Sequence[Effect]
-) -> list[dict[str, str]]:
-    """Return the table: accuracies, differences from random, decisions; texts by column."""
-    by_arm: dict[Any, list[Mapping[str, float]]] = {}
-    strengths = {model.arm: model.strength for model in models}
-    for model, values in zip(models, test, strict=True):
-        by_arm.setdefault(model.arm, []).append(values)
-    compared = {(e.remedy, e.which, e.share, e.measure): e for e in found}
-    table = []
-    for (remedy, which, share), own in by_arm.items():
-        strength = strengths[remedy, which, share]
-        row = {
-            "group": which,
-            "treatment": remedy if strength is None else f"{remedy} {strength:g}",
-            "share": "1" if share is None else f"{share:g}",
-        }
-        for measure in test[0]:
-            mean = sum(values[measure] for values in own) / len(own)
-            # Losses in nats, all else in percent.
-            shown = f"{mean:.3f}" if measure == "overfit" else f"{100 * mean:.1f}"
-            effect = compared.get((remedy, which, share, measure))
-            name = measure.replace("_", " ")
-            row[name] = shown
-            row[f"{name} minus random"] = "" if effect is None else study.interval(effect)
-        effect = compared.get((remedy, which, share, "robust"))
-        row["decision"] = "" if effect is None else effect.decision
-        table.append(row)
-    return table
 
 
 def sentences(split: TextSplit) -> list[str]:
@@ -237,36 +181,21 @@ def report(
     statistics: InstanceStatistics,
     summary: Aggregates,
     flags: Sequence[Flag],
-    found: Sequence[Effect],
-    table: Sequence[Mapping[str, str]],
+    found: study.Conclusion,
 ) -> Path:
     """Write the page with the data map, the groups and the outcome."""
     group, manifest = base.method.group, statistics.manifest
-    perturbation = group.perturbation or next(iter(manifest.perturbations))
-    share = max(options.shares)
-    masks = {
-        f"{which}, share {share:g}": split_groups(
-            summary,
-            group.metric,
-            share=share,
-            groups=(which,),
-            balance=group.balance,
-            num_classes=task.num_classes,
-            seed=options.seeds[0],
-        )[which]
-        for which in (*options.groups, CONTROL)
-    }
     return write_instance_report(
         options.output / "report",
         summary,
         title=f"Robust instances of {task.name}",
         score=score(summary, group.metric),
-        score_name=f"{group.metric} under {perturbation}",
+        score_name=f"{group.metric} under {study.perturbation_of(group, statistics)}",
         sentences=sentences(task.splits["train"]),
-        groups=masks,
+        groups=study.group_masks(options, summary, group, task.num_classes),
         checks=flags,
-        verdict=[*study.verdict(found, flags), study.note(options, found)],
-        outcome=table,
+        verdict=found.sentences,
+        outcome=found.table,
         facts={
             "data": f"{manifest.data}, {manifest.split}",
             "rows removed because of AdvGLUE": f"{len(task.removed):,}",
@@ -285,60 +214,31 @@ def conclude(
     options: Options,
     task: TextTask,
     folders: Sequence[Path],
-    models: Sequence[Trained],
+    models: Sequence[study.Trained],
     mapper: Any,
 ) -> str:
     """Read test for what val has chosen, write everything, and return the table as text."""
     study.require_fair(models)
     group, split = base.method.group, task.splits["train"]
     statistics = [InstanceStatistics(folder, split=split) for folder in folders]  # type: ignore[arg-type]
-    perturbation = group.perturbation or next(iter(statistics[0].manifest.perturbations))
+    perturbation = study.perturbation_of(group, statistics[0])
     summary = statistics[0].aggregate(perturbation, only_correct=group.only_correct)
     flags = checks(statistics, split, summary, group)
     kept = study.chosen(models)
     test = measured(kept, load_or_fresh(base, task), task, base.evaluation, mapper)
-    found = study.effects(kept, test, reliable=study.trusted(flags))
-    table = rows(kept, test, found)
-    verdict = study.verdict(found, flags)
-    text = study.markdown(table, [study.note(options, found), *verdict])
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    results = {
-        "verdict": verdict,
-        "perturbation": perturbation,
-        "metric": group.metric,
-        "checks": [dataclasses.asdict(flag) for flag in flags],
-        "effects": [dataclasses.asdict(effect) for effect in found],
-        "models": [
-            {**to_dict(model), "test": dict(values)}
-            for model, values in zip(kept, test, strict=True)
-        ],
-        "not_chosen": to_dict([model for model in models if model not in kept]),
-    }
-    write_json(options.output / "results.json", results)
-    study.draw(kept, found).savefig(options.output / "effects.png", dpi=150)
-    report(base, options, task, statistics[0], summary, flags, found, table)
-    return text
+    found = study.concluded(options, group, perturbation, flags, models, kept, test)
+    report(base, options, task, statistics[0], summary, flags, found)
+    return found.text
 
 
 def main(options: Options) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    options.output.mkdir(parents=True, exist_ok=True)
     base = prepared(options)
-    with contextlib.ExitStack() as stack:
-        session = stack.enter_context(connect(base.runtime))  # Once for all runs.
-        folders = list(options.statistics) or study.collected(base, options)
-        models = []
-        for remedy, seed in itertools.product(options.remedies, options.seeds):
-            experiment = training(base, remedy, seed, folders[0], options)
-            directory = study.folder_of(experiment, f"{remedy}-{seed}", options)
-            run(experiment, run_dir=directory)
-            models += study.trained(directory, remedy, seed)
-        pump = EventPump([])
-        stack.callback(pump.close)
-        flight = 2 * max(1, session.num_cpus)
-        mapper = Fanout(options.output / "items", pump, stage="evaluate", max_in_flight=flight)
-        text = conclude(base, options, load_text_task(base.task), folders, models, mapper)
-    sys.stdout.write(text)
+
+    def concluding(folders: Sequence[Path], models: Sequence[study.Trained], mapper: Any) -> str:
+        return conclude(base, options, load_text_task(base.task), folders, models, mapper)
+
+    sys.stdout.write(study.conducted(base, options, concluding))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ TOP_LEVEL = {
     "cluster_verbs",
     "compare_verb",
     "config",
+    "datamap_verb",
     "errors",
     "evaluate_verb",
     "listing",

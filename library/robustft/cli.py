@@ -22,6 +22,7 @@ import tyro
 
 from robustft.cluster_verbs import Doctor, Submit, examine, separated, submit_script
 from robustft.compare_verb import Compare, Report, compare_stored, report_again
+from robustft.datamap_verb import Datamap, draw_datamap
 from robustft.errors import ConfigError, RobustftError, UnknownNameError
 from robustft.evaluate_verb import Evaluate, evaluate_model
 from robustft.parsing import parse
@@ -162,13 +163,14 @@ PRESET_VERBS: dict[type[PresetVerb], PresetWork] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ls(Options):
-    """List what there is: methods, models, datasets, attacks, presets, corruptions, suites.
+    """List what there is: methods, models, datasets, attacks, presets, corruptions, suites; runs.
 
     Example: robustft ls presets
     """
 
     kind: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="KIND")]] = "all"
-    """methods, models, datasets, attacks, presets, corruptions, suites, or all."""
+    """methods, models, datasets, attacks, presets, corruptions, suites, or all of these; or runs,
+    those in $ROBUSTFT_STORAGE (else ./runs)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,8 +180,8 @@ class Resume(Options):
     Example: robustft resume runs/rift-embedded/RUN_ID
     """
 
-    run_dir: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_DIR")]]
-    """Folder of the run: runs/<experiment>/<run-id>."""
+    run_dir: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]]
+    """Folder of the run: runs/<experiment>/<run-id>, or the URI at which it is published."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +249,7 @@ def _ui(verb: Ui) -> Answer:
 
 VERBS: dict[type[Options], Callable[[Any], Answer]] = {
     Compare: compare_stored,
+    Datamap: draw_datamap,
     Doctor: examine,
     Evaluate: evaluate_model,
     Ls: _ls,

@@ -1,14 +1,17 @@
 """The verbs ``robustft compare`` and ``robustft report``: finished runs, read from their folders.
 
-Nothing is trained or evaluated again. torch is imported only when they run, so that
-``robustft --help`` is quick.
+Nothing is trained or evaluated again, but by ``robustft compare --preset``, which hands over to the
+script ``experiments/compare_methods.py`` of a checkout. torch is imported only when they run, so
+that ``robustft --help`` is quick.
 """
 
 import collections
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -22,18 +25,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Compare", "Report", "compare_stored", "report_again"]
 
+SCRIPT = Path("experiments") / "compare_methods.py"
+"""What trains and compares all methods by one protocol; in a checkout, not in the wheel."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(Options):
     """Compare finished runs example by example: differences, tests, Pareto front, cost.
 
+    With --preset all methods are trained and compared by one protocol (docs/comparison.md).
+
     Example: robustft compare runs/rift-embedded/RUN_ID runs/at-embedded/RUN_ID --output compared/
     """
 
     runs: tyro.conf.Positional[
-        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN_DIR RUN_DIR [RUN_DIR ...]")]
-    ]
-    """Folders of at least two finished runs on the same data: runs/<experiment>/<run-id>."""
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN_DIR RUN_DIR [RUN_DIR ...]")]
+    ] = ()
+    """Folders of at least two finished runs on the same data: runs/<experiment>/<run-id>, or URIs
+    at which they are published."""
+    preset: str | None = None
+    """In place of runs: embedded (images, about 20 minutes on two cores) or text. Only in a
+    checkout; its options: python experiments/compare_methods.py --help."""
     names: tuple[str, ...] = ()
     """What the runs are called in tables and pictures, one each; none: their experiments."""
     metrics: tuple[str, ...] = ()
@@ -53,16 +65,19 @@ class Report(Options):
     """
 
     runs: tyro.conf.Positional[
-        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")]
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")]
     ]
-    """Folders of finished runs: runs/<experiment>/<run-id>."""
+    """Folders of finished runs: runs/<experiment>/<run-id>, or URIs at which they are published;
+    pages of these are published again."""
     without_pictures: Flag = False
     """Make the page of the evaluation again even where the pictures of attacked images were not
     stored, and will be missing on it; otherwise such a page stays as it is."""
 
 
 def compare_stored(verb: Compare) -> Answer:
-    """Compare the runs that the command line names."""
+    """Compare the runs that the command line names, or all methods by the protocol of a preset."""
+    if verb.preset is not None:
+        return _compare_methods(verb, verb.preset)
     from robustft.evaluation.comparison import compare_runs
     from robustft.evaluation.comparison_report import comparison_lines, write_comparison_report
     from robustft.runtime.jsonfile import write_json
@@ -99,8 +114,44 @@ def compare_stored(verb: Compare) -> Answer:
     return Answer(document, f"{comparison_lines(comparison)}\n{page}")
 
 
+def _compare_methods(verb: Compare, preset: str) -> Answer:
+    """Run the protocol that the script of the checkout holds."""
+    if verb.runs or verb.names or verb.metrics or verb.with_first:
+        raise ConfigError(
+            "--preset makes runs of its own and tests what its protocol says: leave out RUN_DIR, "
+            "--names, --metrics and --with_first"
+        )
+    script = _script()
+    document, text = script.compare(script.Options(preset=preset, output=verb.output))
+    return Answer(document, f"{text}\n{verb.output / 'report.html'}")
+
+
+def _script() -> ModuleType:
+    """Return the checkout's script as a module: ./experiments, then beside the package.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    places = [Path(), Path(__file__).resolve().parents[2]]
+    path = next((place / SCRIPT for place in places if (place / SCRIPT).is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"--preset needs {SCRIPT}, which is a part of the checkout and not of the installed "
+            "package: run it in a checkout of robustft"
+        )
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the module of a class.
+    sys.modules[SCRIPT.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def report_again(verb: Report) -> Answer:
     """Write the pages of the runs that the command line names."""
+    from robustft.data.storage import is_uri, open_store
     from robustft.runtime.stored_runs import load_run, write_reports
 
     if not verb.runs:
@@ -109,8 +160,10 @@ def report_again(verb: Report) -> Answer:
     stored = [load_run(path) for path in verb.runs]
     document: list[dict[str, str]] = []
     lines: list[str] = []
-    for run in stored:
+    for place, run in zip(verb.runs, stored, strict=True):
         pages = write_reports(run, without_pictures=verb.without_pictures)
+        if is_uri(place):
+            open_store(place).publish(run.directory)
         document.append({name: str(path) for name, path in pages.items()})
         lines += map(str, pages.values())
         if "evaluation" not in pages:

@@ -19,7 +19,7 @@ import yaml
 from robustft.errors import ConfigError, UnknownNameError
 from robustft.threat import parse_number
 
-__all__ = ["config_hash", "from_dict", "load_yaml", "to_dict"]
+__all__ = ["config_hash", "from_dict", "load_yaml", "replaced", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -78,6 +78,15 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, Path):
         return str(config)
     return config
+
+
+def replaced(config: ConfigT, **changes: Any) -> ConfigT:
+    """Return ``config`` with those fields changed that are not None: what options left open stays.
+
+    A field that may be None keeps its value; set it with ``dataclasses.replace``.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **given)  # type: ignore[type-var]
 
 
 def config_hash(config: Any, *, length: int = 12) -> str:

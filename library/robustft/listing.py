@@ -15,7 +15,8 @@ def listed(kind: str = "all") -> dict[str, dict[str, str]]:
         UnknownNameError: ``kind`` is neither a key of LISTS nor "all".
     """
     if kind == "all":
-        return {name: entries() for name, entries in LISTS.items()}
+        # Runs may be many and far away: only when asked for.
+        return {name: entries() for name, entries in LISTS.items() if name != "runs"}
     if kind not in LISTS:
         raise UnknownNameError("kind of thing to list", kind, [*LISTS, "all"])
     return {kind: LISTS[kind]()}
@@ -81,6 +82,15 @@ def _list_suites() -> dict[str, str]:
     return {name: ", ".join(measurements) for name, measurements in SUITES.items()}
 
 
+def _list_runs() -> dict[str, str]:
+    from robustft.runtime.experiment import RuntimeConfig
+    from robustft.runtime.mirror import list_runs
+    from robustft.runtime.session import storage_place, storage_root
+
+    runtime = RuntimeConfig()
+    return list_runs(storage_place(runtime), storage_root(runtime))
+
+
 LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "methods": _list_methods,
     "models": _list_models,
@@ -89,5 +99,6 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "presets": _list_presets,
     "corruptions": _list_corruptions,
     "suites": _list_suites,
+    "runs": _list_runs,
 }
 """Kind of thing -> what lists it. Each imports what it needs when it is asked."""

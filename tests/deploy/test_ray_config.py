@@ -1,12 +1,23 @@
 """``ray up``: what Ray itself checks, and what it does not: rights, doors, tokens and paths."""
 
+import contextlib
 import copy
 import json
+import os
+import resource
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 from deploy_files import CLUSTER, PINS, ROOT, SECRET, documents, mappings
 
@@ -110,6 +121,96 @@ def test_a_job_finds_the_script_without_a_working_directory(cloud: str) -> None:
         assert remote == f"/home/ubuntu/robustft/{path}"
         assert (ROOT / path).exists()
     assert {"library", "experiments", "constraints.txt", "pyproject.toml"} <= set(local.values())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def head() -> Iterator[tuple[dict[str, str], str]]:
+    """Run the head's own commands in a home of their own; yield (environment, address)."""
+    # Ray's sockets need a short path.
+    home = Path(tempfile.mkdtemp(prefix="rh", dir="/tmp"))
+    config = load("aws")
+    for path in config["file_mounts"].values():
+        source, target = ROOT / path, home / "robustft" / path
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.is_file():
+            shutil.copy(source, target)
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0" * 64)
+    environment = {
+        **{n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "ROBUSTFT_"))},
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        # Stands in for the installation of ~/robustft into ~/venv.
+        "PYTHONPATH": str(home / "robustft" / "library"),
+    }
+    (variables,) = [c for c in config["setup_commands"] if c.startswith("printf")]
+    subprocess.run(["bash", "-c", variables], env=environment, check=True, timeout=60)
+    (command,) = [c for c in config["head_start_ray_commands"] if "ray start" in c]
+    port = free_port()
+    # There is no cloud here, perhaps a lower limit of open files, and there may be other Rays.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    command = command.replace("ulimit -n 65536", f"ulimit -n {min(65536, most)}")
+    command = command.replace(" --autoscaling-config=~/ray_bootstrap_config.yaml", "")
+    command = command.replace("--port=6379", f"--port={free_port()}")
+    command += f" --block --dashboard-port={port} --temp-dir={home}/t --num-cpus=1"
+    command += f" --dashboard-agent-listen-port={free_port()}"
+    command += f" --ray-client-server-port={free_port()}"
+    log = (home / "head.log").open("w")
+    process = subprocess.Popen(
+        ["bash", "-c", command], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        yield environment, f"http://127.0.0.1:{port}"
+    finally:
+        tree = psutil.Process(process.pid).children(recursive=True)
+        for one in [*tree, psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=20)
+        for one in alive:
+            one.kill()
+        process.wait(timeout=20)
+        log.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_heads_own_command_lets_a_job_find_the_script(
+    head: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    environment, address = head
+    words = ("--address", address, "--", "python", "experiments/rift_sweep.py", "--help")
+    deadline = time.monotonic() + 240
+    while True:
+        # From elsewhere than a checkout, as the guide says it, and without --working-dir.
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), "job", "submit", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        there = "Failed to connect" not in done.stderr + done.stdout
+        if there and "No available agent" not in done.stderr + done.stdout:
+            break
+        assert time.monotonic() < deadline, done.stderr[-3000:]
+        time.sleep(2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "rift_sweep.py" in done.stdout
+    assert "--runtime.autoscaling" in done.stdout
 
 
 @pytest.mark.parametrize("cloud", CONFIGS)

@@ -16,15 +16,16 @@ import pytest
 
 from robustft.data.base import Split, Task
 from robustft.errors import ConfigError, RunError
-from robustft.evaluation import EvaluationConfig, Flag
+from robustft.evaluation import EvaluationConfig, Flag, group_study
 from robustft.evaluation.intervals import mean_interval
 from robustft.methods.base import Result
 from robustft.methods.common import AttackConfig
-from robustft.methods.instance_collector import GradientPerturbation
 from robustft.methods.instance_config import CollectConfig, InstancesConfig
+from robustft.methods.instance_perturbations import GradientPerturbation
 from robustft.methods.instance_selection import split_groups
 from robustft.methods.instance_statistics import InstanceStatistics
 from robustft.methods.instances import train
+from robustft.runtime import instance_study as study_of
 from robustft.runtime.experiment import Experiment, load_experiment, with_values
 from robustft.runtime.jsonfile import write_json
 from robustft.runtime.results import save_result
@@ -63,7 +64,7 @@ def model(script: ModuleType, which: str, seed: int, **changes: Any) -> Any:
         "curve": [(1, 0.9), (2, 0.5), (3, 0.7)],
         "folder": Path("nowhere"),
     }
-    return script.Trained(**{**fields, **changes})
+    return study_of.Trained(**{**fields, **changes})
 
 
 def compared(script: ModuleType, differences: list[float], **options: Any) -> list[Any]:
@@ -73,7 +74,7 @@ def compared(script: ModuleType, differences: list[float], **options: Any) -> li
         for which, gain in (("robust", difference), ("random", 0.0), ("all", 0.1)):
             models.append(model(script, which, seed))
             test.append({"clean": 0.8, "robust": 0.4 + 0.05 * seed + gain, "overfit": 0.2})
-    return script.effects(models, test, **{"reliable": True, **options})
+    return group_study.effects(models, test, **{"reliable": True, **options})
 
 
 # --- what is run ---------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def compared(script: ModuleType, differences: list[float], **options: Any) -> li
 def test_a_seed_fixes_weights_order_and_the_random_group(script: ModuleType) -> None:
     options = script.Options()
     base = script.prepared(options)
-    experiment = script.training(base, "subset", 3, Path("statistics"), options)
+    experiment = study_of.training(base, "subset", 3, Path("statistics"), options)
     assert experiment.start.seed == experiment.method.seed == experiment.method.group.seed == 3
     assert experiment.method.group.statistics == str(Path("statistics").resolve())
     assert experiment.method.use == "subset"
@@ -93,8 +94,8 @@ def test_a_seed_fixes_weights_order_and_the_random_group(script: ModuleType) -> 
     }
     assert experiment.evaluation.suite == "clean", "test is read for what val has chosen"
     first, second = (
-        script.folder_of(
-            script.training(base, "subset", seed, Path("s"), options), "subset", options
+        study_of.folder_of(
+            study_of.training(base, "subset", seed, Path("s"), options), "subset", options
         )
         for seed in (0, 1)
     )
@@ -112,7 +113,7 @@ def test_remedies_are_searched_over_their_strength(
     script: ModuleType, remedy: str, field: str, values: list[float]
 ) -> None:
     options = script.Options()
-    experiment = script.training(script.prepared(options), remedy, 0, Path("s"), options)
+    experiment = study_of.training(script.prepared(options), remedy, 0, Path("s"), options)
     assert experiment.search.space[field] == values
     assert experiment.method.use == "loss"
     for which, strength in itertools.product(experiment.search.space["group.which"], values):
@@ -122,7 +123,7 @@ def test_remedies_are_searched_over_their_strength(
 
 def test_statistics_are_of_all_instances_and_go_to_a_folder(script: ModuleType) -> None:
     base = script.prepared(script.Options(epochs=3, limit_train=100, limit=50))
-    experiment = script.collecting(base, 100, Path("there"))
+    experiment = study_of.collecting(base, 100, Path("there"))
     assert experiment.start.seed == experiment.method.seed == 100
     assert experiment.method.collect.folder == str(Path("there").resolve())
     assert experiment.method.group.which == "all"
@@ -172,7 +173,7 @@ def test_trials_are_read_and_all_counts_once(script: ModuleType, tmp_path: Path)
     for number, (which, share) in enumerate(itertools.product(("robust", "all"), (0.1, 0.3))):
         values = {"group.which": which, "group.share": share, "mitigation.level_quantile": 0.5}
         write_trial(tmp_path, number, small_result(), values)
-    found = script.trained(tmp_path, "flooding", 4)
+    found = study_of.trained(tmp_path, "flooding", 4)
     assert [one.arm for one in found] == [
         ("flooding", "robust", 0.1),
         ("flooding", "robust", 0.3),
@@ -186,16 +187,16 @@ def test_a_failed_trial_ends_the_study(script: ModuleType, tmp_path: Path) -> No
     values = {"group.which": "robust", "group.share": 0.1}
     write_trial(tmp_path, 0, small_result(), values, error="the loss is not finite")
     with pytest.raises(RunError, match="the loss is not finite"):
-        script.trained(tmp_path, "subset", 0)
+        study_of.trained(tmp_path, "subset", 0)
 
 
 def test_unequal_updates_or_sizes_are_refused(script: ModuleType) -> None:
     fair = [model(script, "robust", 0), model(script, "random", 0)]
-    script.require_fair([*fair, model(script, "all", 0, size=100)])
+    study_of.require_fair([*fair, model(script, "all", 0, size=100)])
     with pytest.raises(RunError, match="number of updates"):
-        script.require_fair([*fair, model(script, "all", 0, updates=99)])
+        study_of.require_fair([*fair, model(script, "all", 0, updates=99)])
     with pytest.raises(RunError, match="differ in size"):
-        script.require_fair([*fair, model(script, "non-robust", 0, size=31)])
+        study_of.require_fair([*fair, model(script, "non-robust", 0, size=31)])
 
 
 # --- the decision rule ---------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_val_chooses_the_strength_of_every_group_by_itself(script: ModuleType) -
         )
         for which, strength, seed in itertools.product(best, (0.8, 0.9), (0, 1))
     ]
-    kept = script.chosen(models)
+    kept = study_of.chosen(models)
     assert [(one.which, one.strength, one.seed) for one in kept] == [
         ("robust", 0.8, 0),
         ("robust", 0.8, 1),
@@ -222,7 +223,7 @@ def test_val_chooses_the_strength_of_every_group_by_itself(script: ModuleType) -
         ("random", 0.9, 1),
     ]
     with pytest.raises(RunError, match="lacks a seed"):
-        script.chosen(models[:-1])
+        study_of.chosen(models[:-1])
 
 
 def test_effects_are_paired_by_seed(script: ModuleType) -> None:
@@ -264,7 +265,7 @@ def test_more_comparisons_need_stronger_evidence(script: ModuleType) -> None:
         ):
             models.append(model(script, which, seed, share=share))
             test.append({"robust": 0.4 + (gain if which != "random" else 0)})
-    found = script.effects(models, test, reliable=True)
+    found = group_study.effects(models, test, reliable=True)
     assert len(found) == 6
     assert {one.decision for one in found} == {"open"}
     assert (found[0].low, found[0].high) == pytest.approx((low, high))
@@ -280,16 +281,16 @@ def test_the_verdict_says_no_more_than_the_rule_allows(script: ModuleType) -> No
             [0.0, 0.1, -0.1],
         )
     )
-    (sentence, rest) = script.verdict(higher, fine)
+    (sentence, rest) = group_study.verdict(higher, fine)
     assert sentence.startswith("robust, share 0.3, subset: robust accuracy is higher than")
     assert "+2.40 [" in sentence
     assert rest == "0 of 1 comparisons are open."
-    assert "is lower than" in script.verdict(lower, fine)[0]
-    assert script.verdict(nothing, fine) == [
+    assert "is lower than" in group_study.verdict(lower, fine)[0]
+    assert group_study.verdict(nothing, fine) == [
         "Open: in none of 1 comparisons does the interval exclude 0."
     ]
     bad = [fine[0], Flag(name="split_half", raised=True, value=0.1, text=""), fine[2]]
-    assert script.verdict(higher, bad) == [
+    assert group_study.verdict(higher, bad) == [
         "Void: the score is not trustworthy (split half), so nothing follows from groups."
     ]
 
@@ -302,8 +303,8 @@ def test_the_loss_on_val_shows_overfitting(script: ModuleType) -> None:
 def test_the_table_shows_accuracies_differences_and_decisions(script: ModuleType) -> None:
     models = [model(script, which, seed) for which in ("robust", "random", "all") for seed in SEEDS]
     test = [{"robust": 0.5 if one.which == "robust" else 0.4, "overfit": 0.25} for one in models]
-    found = script.effects(models, test, reliable=True)
-    robust, random, everything = script.rows(models, test, found)
+    found = group_study.effects(models, test, reliable=True)
+    robust, random, everything = group_study.rows(models, test, found)
     assert robust == {
         "group": "robust",
         "treatment": "subset",
@@ -318,7 +319,7 @@ def test_the_table_shows_accuracies_differences_and_decisions(script: ModuleType
         "40.0", "", "",
     )  # fmt: skip
     assert everything["share"] == "1"
-    text = script.markdown([robust, random], ["A note."])
+    text = group_study.markdown([robust, random], ["A note."])
     assert text.splitlines()[2].endswith("| higher |")
     assert len({line.count("|") for line in text.splitlines()[:4]}) == 1
     assert text.endswith("\n\nA note.\n")
@@ -384,18 +385,18 @@ def study(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Study
 
     folders = [output / f"statistics-{seed}" for seed in options.statistics_seeds]
     for seed, folder in zip(options.statistics_seeds, folders, strict=True):
-        experiment = script.collecting(base, seed, folder)
+        experiment = study_of.collecting(base, seed, folder)
         result_of(experiment, experiment.method)
     models = []
     for seed in options.seeds:
-        experiment = script.training(base, "subset", seed, folders[0], options)
-        directory = script.folder_of(experiment, f"subset-{seed}", options)
+        experiment = study_of.training(base, "subset", seed, folders[0], options)
+        directory = study_of.folder_of(experiment, f"subset-{seed}", options)
         space = experiment.search.space
         for number, chosen in enumerate(itertools.product(*space.values())):
             values = dict(zip(space, chosen, strict=True))
             result = result_of(experiment, with_values(experiment.method, values))
             write_trial(directory, number, result, values)
-        models += script.trained(directory, "subset", seed)
+        models += study_of.trained(directory, "subset", seed)
     text = script.conclude(base, options, task, folders, models, None)
     return Study(options, base, task, folders, models, text)
 
@@ -458,8 +459,8 @@ def test_pictures_are_joined_by_id(study: Study) -> None:
 
 def test_a_score_without_a_control_is_not_trusted(script: ModuleType, study: Study) -> None:
     statistics = InstanceStatistics(study.folders[0])
-    flags = script.checks([statistics], "px-linf-k1-0.05", study.base.method.group)
+    flags = study_of.checks([statistics], study.base.method.group)
     across = flags[2]
     assert (across.name, across.raised) == ("reliability_across_seeds", True)
     assert math.isnan(across.value)
-    assert not script.trusted(flags)
+    assert not group_study.trusted(flags)

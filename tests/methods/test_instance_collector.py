@@ -16,14 +16,13 @@ from robustft.data.base import Split
 from robustft.errors import ConfigError, DataError
 from robustft.methods.instance_collector import (
     Collected,
-    GradientPerturbation,
     collect,
     collect_batches,
     log_odds,
-    perturbation_parameters,
     pixel_surface,
     shard_positions,
 )
+from robustft.methods.instance_perturbations import GradientPerturbation, perturbation_parameters
 from robustft.models import build_model
 
 N, SIDE, CLASSES = 21, 16, 3
@@ -261,7 +260,9 @@ def test_projection_holds_ball_and_box(model: nn.Module, split: Split) -> None:
             return type(surface)(base=inputs, forward=forward, unit_box=True)
 
         batch = (pixels(split), torch.from_numpy(split.labels), torch.from_numpy(split.ids))
-        collect_batches(model, [batch], count=N, perturbations=[perturbation], surface=spy)
+        collect_batches(
+            model, [batch], count=N, perturbations=[perturbation], surface_of=lambda _: spy
+        )
         for point in seen:
             assert float(point.min()) >= 0
             assert float(point.max()) <= 1

@@ -16,11 +16,11 @@ from torch.nn import functional
 from robustft.config import from_dict, to_dict
 from robustft.data.text import TextSplit
 from robustft.errors import ConfigError
-from robustft.methods.instance_collector import Collected, GradientPerturbation
+from robustft.methods.instance_collector import Collected
+from robustft.methods.instance_perturbations import EmbeddingPerturbation, GradientPerturbation
 from robustft.methods.instance_text import (
-    EmbeddingPerturbation,
     collect_text,
-    embedding_surface,
+    word_surface,
 )
 from robustft.models.text import TextModel
 from robustft.training.text_loader import text_rows
@@ -313,7 +313,7 @@ def test_the_clean_pass_is_the_model_token_types_included(
 
 def test_padding_is_left_alone(model: TextModel, pairs: TextSplit) -> None:
     inputs, labels, ids = text_rows(pairs, np.arange(len(pairs)), device=CPU, pad_id=model.pad_id)
-    surface = embedding_surface(model, inputs)
+    surface = word_surface(model, inputs)
     assert surface.free is not None
     padding = ~surface.free.squeeze(2)
     assert padding.any()

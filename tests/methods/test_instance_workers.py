@@ -13,9 +13,9 @@ from torch import distributed, multiprocessing
 
 from robustft.data.base import Task
 from robustft.methods.common import AttackConfig
-from robustft.methods.instance_collector import GradientPerturbation
 from robustft.methods.instance_config import CollectConfig, GroupConfig, InstancesConfig
 from robustft.methods.instance_losses import MitigationConfig
+from robustft.methods.instance_perturbations import GradientPerturbation
 from robustft.methods.instance_statistics import InstanceStatistics
 from robustft.methods.instances import train
 from robustft.models import Start

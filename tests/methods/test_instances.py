@@ -14,16 +14,17 @@ import torch
 from robustft.config import from_dict, to_dict
 from robustft.data.base import Task
 from robustft.errors import ConfigError
-from robustft.methods import adversarial, instances
+from robustft.methods import adversarial, instance_training, instances
 from robustft.methods.common import AttackConfig
-from robustft.methods.instance_collector import GradientPerturbation
 from robustft.methods.instance_config import CollectConfig, GroupConfig, InstancesConfig
 from robustft.methods.instance_format import Record
 from robustft.methods.instance_losses import MitigationConfig, mitigated_loss
+from robustft.methods.instance_perturbations import GradientPerturbation
 from robustft.methods.instance_recording import save_checkpoint
 from robustft.methods.instance_selection import select, split_groups
 from robustft.methods.instance_statistics import InstanceStatistics
-from robustft.methods.instances import SteadyLoader, collect, collect_checkpoints, train
+from robustft.methods.instance_training import SteadyLoader
+from robustft.methods.instances import collect, collect_checkpoints, train
 from robustft.models import Start, state_digest
 from robustft.training.augment import AugmentConfig, augment
 from robustft.training.context import LocalContext
@@ -248,7 +249,7 @@ def test_every_group_makes_the_same_number_of_updates(
         seen.append(labels.tolist())
         return mitigated_loss(config, logits, labels, chosen, **options)
 
-    monkeypatch.setattr(instances, "mitigated_loss", spy)
+    monkeypatch.setattr(instance_training, "mitigated_loss", spy)
     result = train(of_group(folder, which, use="subset"), LocalContext(task=task, start=fresh))
     assert len(seen) == 2 * 4
     assert result.metrics["updates"] == 8
@@ -265,7 +266,7 @@ def test_every_group_makes_the_same_number_of_updates(
 
 def test_the_subset_is_the_group(folder: Path, task: Task, fresh: Start) -> None:
     config = of_group(folder, "swing", use="subset")
-    plan = instances._plan(config, LocalContext(task=task, start=fresh))
+    plan = instance_training.plan(config, LocalContext(task=task, start=fresh))
     statistics = InstanceStatistics(folder)
     groups = split_groups(statistics.aggregate(PERTURBATION.name), share=0.3)
     assert sorted(plan.split.ids) == statistics.ids[groups["swing"]].tolist()
@@ -307,7 +308,7 @@ def test_the_remedy_reaches_the_group_by_id(
         shown.append((inputs * 255).round().to(torch.uint8).numpy())
         return real_augment(inputs, ids, **options)
 
-    monkeypatch.setattr(instances, "mitigated_loss", spy)
+    monkeypatch.setattr(instance_training, "mitigated_loss", spy)
     monkeypatch.setattr(instances, "augment", see)
     train(config, LocalContext(task=task, start=fresh))
     assert len(calls) == 8
@@ -365,7 +366,11 @@ def test_a_steady_loader_repeats_whole_passes(size: int, task: Task) -> None:
     part = task.splits["train"].take(np.arange(size))
     inner = Loader(part, batch_size=16, seed=0, device=torch.device("cpu"))
     config = dataclasses.replace(SMALL, augment=AugmentConfig(crop_padding=2))
-    steady = SteadyLoader(inner, 4, config=config)
+
+    def augmented(batch: Any, turn: int) -> Any:
+        return augment(batch.inputs, batch.ids, config=config.augment, seed=0, epoch=turn)
+
+    steady = SteadyLoader(inner, 4, augment=augmented)
     assert len(steady) == 4
     found = batches(steady, 5)
     assert len(found) == 20
@@ -408,6 +413,23 @@ def test_an_empty_class_is_refused(folder: Path, task: Task, fresh: Start) -> No
     wider = dataclasses.replace(task, class_names=(*task.class_names, "never"))
     with pytest.raises(ConfigError, match="class 3 has no instance"):
         train(of_group(folder, "robust", use="subset"), LocalContext(task=wider, start=fresh))
+
+
+def test_overlapping_groups_are_refused(folder: Path, task: Task, fresh: Start) -> None:
+    config = of_group(folder, "swing", use="subset")
+    config = dataclasses.replace(config, group=dataclasses.replace(config.group, share=0.4))
+    with pytest.raises(ConfigError, match="makes 3 groups of"):
+        train(config, LocalContext(task=task, start=fresh))
+
+
+def test_statistics_of_another_split_of_the_same_size_are_refused(
+    folder: Path, task: Task, fresh: Start
+) -> None:
+    train_split = task.splits["train"]
+    moved = dataclasses.replace(train_split, ids=train_split.ids + 10_000_000)
+    other = dataclasses.replace(task, splits={**task.splits, "train": moved})
+    with pytest.raises(ConfigError, match="their ids or labels differ"):
+        train(of_group(folder, "robust", use="subset"), LocalContext(task=other, start=fresh))
 
 
 @pytest.mark.parametrize(

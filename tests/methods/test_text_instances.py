@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,18 +21,21 @@ from robustft.config import from_dict, to_dict
 from robustft.data.text import TextTask
 from robustft.errors import ConfigError
 from robustft.evaluation.text_evaluate import TextEvaluationConfig
-from robustft.methods import METHODS, Method, instances
+from robustft.methods import METHODS, Method, instance_training
 from robustft.methods.base import Result
 from robustft.methods.instance_config import GroupConfig
-from robustft.methods.instance_losses import MitigationConfig, mitigated_loss
+from robustft.methods.instance_format import Record
+from robustft.methods.instance_losses import InstanceMask, MitigationConfig, mitigated_loss
+from robustft.methods.instance_perturbations import EmbeddingPerturbation
+from robustft.methods.instance_recording import save_checkpoint
 from robustft.methods.instance_selection import split_groups
 from robustft.methods.instance_statistics import InstanceStatistics
-from robustft.methods.instance_text import EmbeddingPerturbation, collect_text
+from robustft.methods.instance_text import collect_text
 from robustft.methods.rose import linear_rate
 from robustft.methods.text_instances import (
-    SteadyTextLoader,
     TextCollectConfig,
     TextInstancesConfig,
+    collect_checkpoints,
     train,
 )
 from robustft.models import state_digest
@@ -184,6 +188,85 @@ def test_a_killed_run_resumes_to_the_same_weights_and_statistics(
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
+def offline(folder: Path, shards: int, **changes: Any) -> TextInstancesConfig:
+    config = collecting(folder, **changes)
+    collect = dataclasses.replace(config.collect, when="offline", shards=shards)
+    return dataclasses.replace(config, collect=collect)
+
+
+def test_off_line_collection_gives_the_same_artifact(
+    folder: Path, task: TextTask, start: TextStart, tmp_path: Path
+) -> None:
+    expected = contents(folder)
+    trained = tmp_path / "4"
+    result = train(offline(trained, 4), context(task, start))
+    assert len(result.tables["statistics"]) == 6
+    for shards in (2, 1):
+        # Other numbers of shards measure the same weights.
+        shutil.copytree(trained / "checkpoints", tmp_path / str(shards) / "checkpoints")
+        collect_checkpoints(offline(tmp_path / str(shards), shards), context(task, start))
+    for shards in (1, 2, 4):
+        found = contents(tmp_path / str(shards))
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-6, rtol=1e-5, err_msg=name)
+        parts = sorted((tmp_path / str(shards) / "record=00001").glob("part-*"))
+        assert len(parts) == shards
+        manifests = [statistics_of(path).manifest for path in (folder, tmp_path / str(shards))]
+        assert manifests[0] == manifests[1], "how it is collected is no part of what was measured"
+
+
+def test_off_line_work_is_small_and_says_what_it_depends_on(
+    task: TextTask, start: TextStart, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+
+    class Spy(LocalContext):
+        def map(self, fn: Any, items: Any, *, shared: Any, key: str, name: str) -> Any:
+            items = list(items)
+            calls.append((items, key))
+            return super().map(fn, items, shared=shared, key=key, name=name)
+
+    def spy(task: TextTask) -> Spy:
+        given: Any = {"task": task, "start": start}
+        return Spy(**given)
+
+    config = offline(tmp_path / "statistics", 2, epochs=1)
+    train(config, spy(task))
+    ((items, key),) = calls
+    assert Counter((item["record"], item["shard"]) for item in items) == Counter(
+        (record, shard) for record in range(2) for shard in range(2)
+    )
+    json.dumps(items)
+    # What is complete is not asked for again.
+    collect_checkpoints(config, spy(task))
+    assert len(calls) == 1
+    # The same ids and labels with other tokens are other work.
+    split = task.splits["train"]
+    changed = dataclasses.replace(split, tokens=split.tokens[::-1].copy())
+    other = dataclasses.replace(task, splits={**task.splits, "train": changed})
+    (tmp_path / "statistics" / "record=00001" / "_SUCCESS").unlink()
+    collect_checkpoints(config, spy(other))
+    assert {item["record"] for item in calls[1][0]} == {1}
+    assert calls[1][1] != key
+
+
+def test_off_line_collection_refuses_what_it_cannot_measure(
+    task: TextTask, start: TextStart, tmp_path: Path
+) -> None:
+    config = offline(tmp_path / "statistics", 2, epochs=1)
+    with pytest.raises(ConfigError, match="holds no checkpoints"):
+        collect_checkpoints(config, context(task, start))
+    with pytest.raises(ConfigError, match=r"collect\.folder = None"):
+        collect_checkpoints(SMALL, context(task, start))
+    state = start.build().state_dict()
+    record = Record(record=0, epoch=0, global_step=0, weights=state_digest(state))
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    save_checkpoint(tmp_path / "statistics", record, state | {name: state[name] + 1})
+    with pytest.raises(ConfigError, match="is no longer what it was"):
+        collect_checkpoints(config, context(task, start))
+
+
 def test_another_run_does_not_write_into_the_folder(
     folder: Path, task: TextTask, start: TextStart
 ) -> None:
@@ -255,18 +338,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The ids of every step, which of them were treated, and what else the loss was given."""
     found: Calls = []
     shown: list[list[int]] = []
-    real = SteadyTextLoader._augment
+    real = InstanceMask.of
 
-    def see(self: Any, batch: Any, turn: int) -> Any:
-        shown.append(batch.ids.tolist())
-        return real(self, batch, turn)
+    def see(self: Any, ids: Any) -> Any:
+        shown.append(ids.tolist())
+        return real(self, ids)
 
     def spy(config: Any, logits: Any, labels: Any, chosen: Any, **options: Any) -> Any:
         found.append((shown[-1], chosen.tolist(), options))
         return mitigated_loss(config, logits, labels, chosen, **options)
 
-    monkeypatch.setattr(SteadyTextLoader, "_augment", see)
-    monkeypatch.setattr(instances, "mitigated_loss", spy)
+    monkeypatch.setattr(InstanceMask, "of", see)
+    monkeypatch.setattr(instance_training, "mitigated_loss", spy)
     return found
 
 
@@ -377,6 +460,8 @@ def test_groups_that_cannot_be_made_are_refused(
         ({"group": {"which": "robust", "statistics": "x"}}, "'robust' has no effect"),
         ({"mitigation": {"kind": "flooding", "level_quantile": 0.5}}, "needs group.statistics"),
         ({"collect": {"every": 0}}, "every = 0"),
+        ({"collect": {"shards": 0}}, "shards = 0"),
+        ({"collect": {"when": "later"}}, "'later'"),
         ({"collect": {"folder": "x", "attacks": [], "control": False}}, "nothing to measure"),
         ({"collect": {"attacks": [{"per": "word"}]}}, "'word'"),
         ({"lr_warmup": 1.0}, "lr_warmup = 1.0"),
@@ -412,19 +497,15 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    path, names = list(sys.path), ("text_instances_study", "robust_instances")
+    path, name = list(sys.path), "text_instances_study"
     file = ROOT / "experiments" / "text_instances.py"
-    spec = importlib.util.spec_from_file_location(names[0], file)
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
-    before = sys.modules.pop(names[1], None)
-    module = sys.modules[names[0]] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in names:
-        del sys.modules[name]
-    if before is not None:
-        sys.modules[names[1]] = before
+    del sys.modules[name]
     sys.path[:] = path
 
 
@@ -433,7 +514,7 @@ def test_the_preset_is_the_studys(script: ModuleType) -> None:
     base = script.prepared(options)
     assert (base.method.epochs, base.evaluation.limit, base.task.data) == (3, 50, "sst2")
     assert base.task.tokenizer == base.start.model == "somewhere"
-    experiment = script.training(base, "soft_label", 3, Path("statistics"), options)
+    experiment = script.study.training(base, "soft_label", 3, Path("statistics"), options)
     assert experiment.start.seed == experiment.method.seed == experiment.method.group.seed == 3
     assert isinstance(experiment.method.collect, TextCollectConfig)
     assert experiment.method.collect.folder is None
@@ -486,7 +567,7 @@ def test_a_study_of_toy_size_ends_in_a_table_and_a_page(
         result_of(script.study.collecting(base, seed, folder).method)
     models = []
     for seed in options.seeds:
-        experiment = script.training(base, "subset", seed, folders[0], options)
+        experiment = script.study.training(base, "subset", seed, folders[0], options)
         directory = script.study.folder_of(experiment, f"subset-{seed}", options)
         space = experiment.search.space
         for number, chosen in enumerate(itertools.product(*space.values())):

@@ -127,7 +127,7 @@ def fit(
             named = model.named_parameters()
             grads = {key: detached(engine.full_grad(value)) for key, value in named}
         if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            engine.clip(model.parameters(), clip)
         engine.step()
         if isinstance(optimizer, RoseAdamW) and optimizer.record is not None:
             masks.append(dict(optimizer.record.masks))
@@ -135,8 +135,7 @@ def fit(
 
 
 def zero_engine(name: str, stage: int) -> DeepSpeedEngine:
-    clip = CLIP if name != "sgd" else None
-    return DeepSpeedEngine(CPU, stage=stage, clip_norm=clip, options=OPTIONS.get(stage))
+    return DeepSpeedEngine(CPU, stage=stage, zero_options=OPTIONS.get(stage))
 
 
 def not_finite(stage: int, rank: int) -> dict[str, Any]:
@@ -277,8 +276,7 @@ def train(name: str, stage: int | None, rank: int) -> Result:
     config = CONFIGS[name]
     engine: Engine = DDPEngine(CPU)
     if stage is not None:
-        clip = getattr(config, "clip_norm", None)
-        engine = DeepSpeedEngine(CPU, stage=stage, clip_norm=clip, options=OPTIONS.get(stage))
+        engine = DeepSpeedEngine(CPU, stage=stage, zero_options=OPTIONS.get(stage))
     ranks: dict[str, Any] = {"engine": engine, "rank": rank, "world_size": 2}
     if isinstance(config, ATConfig):
         return train_at(config, TwoRanks(task=PICTURES, start=PICTURE_START, **ranks))

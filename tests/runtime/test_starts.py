@@ -96,11 +96,11 @@ def local() -> Iterator[Local]:
 
         sync = close = lambda self: None
 
-    def opened(experiment, directory, tasks, tracker, parent, clock, stack):  # type: ignore[no-untyped-def]
+    def opened(experiment, mirror, tasks, tracker, parent, clock, stack):  # type: ignore[no-untyped-def]
         run_module.recording.log_data(tracker, parent, experiment, *tasks)
         return Running(
             experiment=experiment,
-            directory=directory,
+            directory=mirror.directory,
             session=Session(embedded=True, num_cpus=1, num_gpus=0, largest_node_cpus=1),
             pump=Pump(),  # type: ignore[arg-type]
             tracker=tracker,
@@ -109,6 +109,7 @@ def local() -> Iterator[Local]:
             task=tasks[0],
             task_ref=None,
             start_task=tasks[1],
+            mirror=mirror,
         )
 
     def train(running, config, start, task, *, stage, prepared=None):  # type: ignore[no-untyped-def]
@@ -243,7 +244,9 @@ def test_a_relative_folder_of_the_starts_data_is_kept(
     storage: Path, pictures: Path, tmp_path: Path
 ) -> None:
     own = {"data": "parquet", "root": "four", "val_size": 8}
-    experiment = run_module._absolute(transfer(storage, pictures, task=own), pictures.parent)
+    experiment = run_module.with_absolute_paths(
+        transfer(storage, pictures, task=own), pictures.parent
+    )
     assert experiment.start.task.root == str(pictures)
 
 
@@ -423,4 +426,4 @@ def test_a_relative_file_in_a_released_layout_is_found_again(
         experiment = transfer(storage, pictures)
         start = dataclasses.replace(experiment.start, checkpoint=name, method=None)
         experiment = dataclasses.replace(experiment, start=start)
-        assert run_module._absolute(experiment, tmp_path).start.checkpoint == expected
+        assert run_module.with_absolute_paths(experiment, tmp_path).start.checkpoint == expected

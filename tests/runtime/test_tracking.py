@@ -1,30 +1,36 @@
 """The tracker against real MLflow stores: SQLite, a server that goes away, and none at all."""
 
-import contextlib
+import dataclasses
 import errno
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from recorded import best_rate, made_evaluation, record_run, recorded_experiment, small_task
+from serving import PATIENCE, closed_port, served, until
 
 from robustft.errors import ConfigError, ResourceError, RunError
+from robustft.evaluation.suites import SUITES, EvaluationConfig
+from robustft.methods import METHODS
+from robustft.runtime.experiment import experiment_from_dict, load_experiment
 from robustft.runtime.mlflow_store import LOCAL_ID_TAG, clean_key
+from robustft.runtime.registry import ALIASES, Score, best_version, score_tags, settle_aliases
 from robustft.runtime.spool import Spool, mask
 from robustft.runtime.tracking import Backoff, Tracker, default_uri, replay
 from robustft.runtime.ui import serve_ui
+from robustft.runtime.vocabulary import headline, is_known_metric, parameters, user_tags
+from robustft.threat import ThreatModel
 
 pytestmark = [
     # SQLAlchemy 2.1 deprecates a loader that MLflow 3.17 uses.
@@ -32,7 +38,6 @@ pytestmark = [
 ]
 
 QUICK = Backoff(first=0.05, longest=0.1)
-PATIENCE = 120.0  # seconds after which a flush counts as hanging; ordinarily it takes one
 
 Open = Callable[..., Tracker]
 
@@ -439,8 +444,9 @@ def test_default_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         serve_ui(tmp_path)
 
 
-def test_importing_the_tracker_does_not_import_mlflow() -> None:
-    code = "import sys, robustft.runtime.ui; assert 'mlflow' not in sys.modules"
+@pytest.mark.parametrize("module", ["tracking", "mlflow_store", "ui"])
+def test_importing_the_tracker_does_not_import_mlflow(module: str) -> None:
+    code = f"import sys, robustft.runtime.{module}; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -492,42 +498,277 @@ def test_server_that_goes_away_and_comes_back(
     assert len(warnings) == 2
 
 
-@contextlib.contextmanager
-def closed_port() -> Iterator[int]:
-    """A port on which nobody listens and which nobody else gets meanwhile."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        yield probe.getsockname()[1]
+# --- one vocabulary ------------------------------------------------------------------------------
+
+PRESETS = sorted((Path(__file__).resolve().parents[2] / "experiments" / "presets").glob("*.yaml"))
+IMAGE_METHODS = [name for name, method in METHODS.items() if "images" in method.kinds]
 
 
-@contextlib.contextmanager
-def served(storage: Path, port: int) -> Iterator[None]:
-    """Run ``serve_ui`` in a process of its own and end it as Ctrl-C does."""
-    code = (
-        "import sys, pathlib, robustft.runtime.ui as ui; "
-        "sys.exit(ui.serve_ui(pathlib.Path(sys.argv[1]), port=int(sys.argv[2])))"
+def spooled(storage: Path, record: Callable[[Tracker, Path], Any]) -> list[dict[str, Any]]:
+    """Return what ``record`` tells a tracker that has no MLflow."""
+    directory = storage / "compare" / "20260301-100000"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mlflow", None)
+        tracker = Tracker(directory, experiment="compare", storage=storage)
+        record(tracker, directory)
+        tracker.close(timeout=5)
+    lines = (directory / "tracking" / "records.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def metric_names(records: list[dict[str, Any]]) -> set[str]:
+    names = {name for r in records if r["kind"] == "metrics" for name in r["values"]}
+    return names | {name for r in records if r["kind"] == "model" for name in r["metrics"]}
+
+
+@pytest.mark.parametrize("method", IMAGE_METHODS)
+def test_runs_of_all_methods_use_the_same_names(tmp_path: Path, method: str) -> None:
+    experiment = recorded_experiment(tmp_path, method)
+
+    def record(tracker: Tracker, directory: Path) -> None:
+        record_run(experiment, directory, tracker=tracker, numbers=(0.8, 0.6))
+
+    records = spooled(tmp_path, record)
+    names = metric_names(records)
+    assert [name for name in names if not is_known_metric(name)] == []
+    assert {"train/loss", "epoch/val/clean", "val/clean", "val/robust"} <= names
+    assert {"test/clean", "test/Linf/pgd", "test/Linf/apgd", "test/robust"} <= names
+    parent, *trials = (r for r in records if r["kind"] == "start")
+    shared = {"method", "method.epochs", "method.batch_size", "task.data", "task.eps.Linf"}
+    assert shared | {"start.model", "evaluation.suite", "search.lr"} <= set(parent["params"])
+    # A search has no learning rate before it has chosen one.
+    assert "method.lr" not in parent["params"]
+    chosen = {k: v for r in records if r["kind"] == "params" for k, v in r["values"].items()}
+    assert float(chosen["method.lr"]) == [0.001, 0.01, 0.03][best_rate(method)]
+    for trial in trials:
+        assert shared <= set(trial["params"])
+        assert trial["params"]["method"] == trial["tags"]["method"] == method
+        assert trial["name"].startswith(f"{method} lr=")
+        assert trial["tags"]["kind"] == "trial"
+        assert trial["tags"]["run_id"] == parent["tags"]["run_id"] == "20260301-100000"
+        assert not [name for name in trial["tags"] if name.startswith("mlflow.")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_declares_is_in_the_vocabulary(name: str) -> None:
+    method = METHODS[name]
+    assert "val/clean" in method.metrics
+    assert [n for n in headline(dict.fromkeys(method.metrics, 0.0)) if not is_known_metric(n)] == []
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("mode", ["per_norm", "union_only"])
+@pytest.mark.parametrize("norms", [["Linf"], ["Linf", "L2", "L1"]])
+def test_every_suite_of_measurements_is_in_the_vocabulary(
+    tmp_path: Path, suite: str, mode: Any, norms: list[Any]
+) -> None:
+    experiment = recorded_experiment(tmp_path, "at")
+    threats = tuple(ThreatModel(norm, 0.1) for norm in norms)
+    task = dataclasses.replace(small_task(experiment), threat_models=threats)
+    try:
+        config = EvaluationConfig(suite=suite, mode=mode)
+        found = made_evaluation(
+            config, task, clean=0.8, robust=0.5, draw=np.random.default_rng(0)
+        ).metrics
+    except ConfigError:
+        assert mode == "union_only" or len(norms) > 1  # not every attack knows every norm
+        return
+    names = [f"test/{name}" for name in found if not name.startswith("corruption/")]
+    assert "test/clean" in names
+    assert [name for name in names if not is_known_metric(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test/linf/apgd", "test/clean_acc2", "val/accuracy", "val/robust/x", "clean", "Test/clean"],
+)
+def test_other_spellings_are_not(name: str) -> None:
+    assert not is_known_metric(name)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_parameters_are_short_flat_and_clean(path: Path) -> None:
+    found = parameters(load_experiment(path))
+    assert found["method"]
+    for name, value in found.items():
+        assert clean_key(name) == name
+        assert isinstance(value, (bool, int, float)) or 0 < len(value) <= 250
+        assert not isinstance(value, str) or not value.startswith(("{", "["))
+        assert value != "None"
+
+
+def test_parameters_of_an_experiment() -> None:
+    experiment = experiment_from_dict(
+        {
+            "name": "x",
+            "task": {
+                "data": "fashion_mnist_mini",
+                "root": "/somewhere",
+                "threat_models": [{"norm": "Linf", "eps": 0.1}, {"norm": "L2", "eps": 1.0}],
+            },
+            "method": {"name": "at", "schedule": {"name": "constant"}},
+            "search": {"space": {"optimizer.weight_decay": [0.0, 0.0005], "lr": [0.1]}},
+        }
     )
-    process = subprocess.Popen([sys.executable, "-c", code, storage, str(port)])
-    try:
-        until(lambda: answers(f"http://127.0.0.1:{port}/health"))
-        assert process.poll() is None
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=PATIENCE) == 0
-    assert not answers(f"http://127.0.0.1:{port}/health")
+    found = parameters(experiment)
+    assert (found["task.eps.Linf"], found["task.eps.L2"]) == (0.1, 1.0)
+    assert found["method"] == "at"
+    assert found["method.schedule"] == "constant"
+    assert found["search.optimizer.weight_decay"] == "0, 0.0005"
+    assert found["search.lr"] == "0.1"
+    absent = {"task.root", "method.lr", "method.optimizer.weight_decay", "method.name"}
+    assert not absent & set(found)
 
 
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+def test_tags_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTFT_TAGS", "comparison=table 1, owner=me")
+    assert user_tags() == {"comparison": "table 1", "owner": "me"}
+    experiment = recorded_experiment(tmp_path, "at")
+
+    def record(tracker: Tracker, directory: Path) -> None:
+        tags = {"comparison": "overruled", "figure": "3"}
+        record_run(experiment, directory, tracker=tracker, numbers=(0.8, 0.6), tags=tags)
+
+    started = [r["tags"] for r in spooled(tmp_path, record) if r["kind"] == "start"]
+    assert len(started) == 4
+    for tags in started:
+        assert (tags["comparison"], tags["owner"], tags["figure"]) == ("table 1", "me", "3")
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
+@pytest.mark.parametrize("text", ["comparison", "=x", "method=rift", "mlflow.user=me"])
+def test_tags_that_cannot_be_taken(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTFT_TAGS", text)
+    with pytest.raises(ConfigError, match=r"the tag|write name=value"):
+        user_tags()
+
+
+def test_a_finished_run_leaves_tables_and_a_description(tmp_path: Path) -> None:
+    experiment = recorded_experiment(tmp_path, "rift")
+
+    def record(tracker: Tracker, directory: Path) -> None:
+        record_run(experiment, directory, tracker=tracker, numbers=(0.8, 0.6))
+
+    records = spooled(tmp_path, record)
+    tags = {k: v for r in records if r["kind"] == "tags" for k, v in r["values"].items()}
+    assert "| clean | 0." in tags["mlflow.note.content"]
+    shown = json.loads(tags["mlflow.loggedArtifacts"])
+    folder = tmp_path / "compare" / "20260301-100000"
+    assert "tables" in {r["path"] for r in records if r["kind"] == "artifact"}
+    values = {k: v for r in records if r["kind"] == "model" for k, v in r["metrics"].items()}
+    for one in shown:
+        table = json.loads((folder / one["path"]).read_text())
+        assert all(len(row) == len(table["columns"]) for row in table["data"])
+        if one["path"].endswith("results.json"):
+            rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+            result = {row["metric"]: row["result"] for row in rows}
+            assert result["clean"] == values["test/clean"]
+            for row in rows:
+                assert row["change"] == pytest.approx(row["result"] - row["start"])
+    # Three trials and their learning rates.
+    assert [row[table["columns"].index("lr")] for row in table["data"]] == [0.001, 0.01, 0.03]
+
+
+# --- aliases -------------------------------------------------------------------------------------
+
+
+class Registry:
+    """One registered model, as ``settle_aliases`` sees it; ``before_write`` is somebody else."""
+
+    def __init__(self) -> None:
+        self.tags: dict[int, dict[str, str]] = {}
+        self.aliases: dict[str, str] = {}
+        self.before_write: list[Callable[[], None]] = []
+        self.moves = 0
+
+    def register(self, clean: float, measure: str = "val") -> int:
+        number = len(self.tags) + 1
+        self.tags[number] = score_tags({"val/clean": Score(clean, measure)})
+        return number
+
+    def search_model_versions(self, _: str, page_token: str | None = None) -> list[Any]:
+        return [types.SimpleNamespace(version=n, tags=dict(t)) for n, t in self.tags.items()]
+
+    def get_registered_model(self, _: str) -> Any:
+        return types.SimpleNamespace(aliases=dict(self.aliases))
+
+    def set_registered_model_alias(self, _: str, alias: str, version: str) -> None:
+        if self.before_write:
+            self.before_write.pop()()
+        self.aliases[alias] = version
+        self.moves += 1
+
+    def set_model_version_tag(self, _: str, version: str, key: str, value: str) -> None:
+        self.tags[int(version)][key] = value
+
+
+def test_an_alias_moves_only_to_a_better_version() -> None:
+    registry = Registry()
+    for clean, holder in [(0.5, "1"), (0.4, "1"), (0.5, "1"), (0.6, "4"), (math.nan, "4")]:
+        settle_aliases(registry, "m", registry.register(clean))
+        assert registry.aliases == {"best-clean": holder}
+    assert registry.moves == 2
+
+
+@pytest.mark.parametrize("ours", [0.5, 0.7])
+def test_concurrent_runs_leave_the_alias_at_the_best(ours: float) -> None:
+    """Another run registers and moves the alias between our comparison and our move."""
+    registry = Registry()
+    settle_aliases(registry, "m", registry.register(0.1))
+
+    def other() -> None:
+        settle_aliases(registry, "m", registry.register(0.6))
+
+    registry.before_write = [other]
+    settle_aliases(registry, "m", registry.register(ours))
+    assert registry.aliases["best-clean"] == ("3" if ours < 0.6 else "2")
+    assert not registry.before_write
+
+
+def test_values_measured_in_another_way_are_not_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry = Registry()
+    settle_aliases(registry, "m", registry.register(0.5, "PGD-10"))
+    settle_aliases(registry, "m", registry.register(0.9, "PGD-2"))
+    assert registry.aliases == {"best-clean": "1"}
+    assert "version 1" in registry.tags[2]["best-clean.note"]
+    assert "not compared" in caplog.text
+    settle_aliases(registry, "m", registry.register(0.6, "PGD-10"))
+    assert registry.aliases == {"best-clean": "3"}
+    assert best_version(registry.tags, "val/clean", "PGD-2") == 2
+
+
+def test_aliases_in_mlflow_survive_outages_and_replays(storage: Path, open_tracker: Open) -> None:
+    def log(number: int, clean: float, uri: str | None = None) -> Path:
+        directory = storage / "sweep" / str(number)
+        tracker = open_tracker(directory, tracking_uri=uri)
+        run = tracker.start_run(f"run {number}", key="experiment")
+        tracker.log_model(
+            run,
+            write_model(directory / "model"),
+            name="at",
+            registered="robustft-mini-Linf-0.1",
+            tags={},
+            metrics={"test/clean": 1 - clean},  # test must not matter
+            scores={name: Score(clean, "100 images") for name in ALIASES.values()},
+        )
+        tracker.close(PATIENCE if uri is None else 5)
+        return directory
+
+    first = log(1, 0.5)
+    with closed_port() as port:
+        away = log(2, 0.9, f"http://127.0.0.1:{port}")
+    log(3, 0.4)
+    mlflow = client(storage)
+    model = "robustft-mini-Linf-0.1"
+    expected = {"newest": "2", **dict.fromkeys(ALIASES, "1")}
+    assert {k: str(v) for k, v in mlflow.get_registered_model(model).aliases.items()} == expected
+    replay(away, tracking_uri=default_uri(storage))
+    for path in first.glob("tracking/replayed-*.json"):
+        path.unlink()
+    replay(first)
+    found = mlflow.get_registered_model(model).aliases
+    assert {str(found[alias]) for alias in ALIASES} == {"3"}
+    assert len(mlflow.search_model_versions(f"name = '{model}'")) == 3
+    best = mlflow.get_model_version_by_alias(model, "best-robust")
+    assert (best.tags["val/robust"], best.tags["val/robust.measure"]) == ("0.9", "100 images")

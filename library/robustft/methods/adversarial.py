@@ -253,7 +253,7 @@ def _train(config: TrainingConfig, context: RunContext, batch_loss: BatchLoss) -
             )
             metrics.update(measured)
             score = measured["val/robust"] if config.keep == "best" else float(epoch)
-            best.offer(score, epoch=epoch + 1, state=context.engine.state)
+            best.offer(score, epoch=epoch + 1, state=context.engine.model_state)
         epoch_rows.append({"epoch": epoch + 1, **metrics})
         context.report(
             metrics,

@@ -396,7 +396,7 @@ class FineTuning:
         row: Row = {"epoch": epoch + 1, **metrics, **self._measure()}
         row |= dict(zip(PASSES, self._spent, strict=True))
         self._spent = [0, 0]
-        state = context.engine.state
+        state = context.engine.model_state
         score = row[f"{self._config.keep_split}/robust"]
         score = score if self._config.keep == "best" else float(epoch)
         self._kept.offer(score, epoch=epoch + 1, state=state)

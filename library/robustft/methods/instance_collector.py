@@ -16,9 +16,10 @@ Note:
     confident instances barely move. None of that is kept; ``legacy_steps`` gives K - 1 updates.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,133 +29,40 @@ from torch import Tensor, nn
 
 from robustft.attacks import attack_mode
 from robustft.attacks.losses import margin
-from robustft.attacks.projections import into_ball_l2, l2_norm
-from robustft.attacks.steps import normalized
+from robustft.attacks.projections import l2_norm
 from robustft.data.base import Split
 from robustft.data.random import derive_seed, uniform
 from robustft.errors import ConfigError
-from robustft.methods.instance_transforms import check_pixels, check_transform, transform
-from robustft.threat import ThreatModel
-from robustft.training.checks import require_at_least, require_choice, require_range
+from robustft.methods.instance_perturbations import (
+    IDENTITY,
+    PATCH_IDENTITY,
+    EmbeddingPerturbation,
+    GradientPerturbation,
+    PatchPerturbation,
+    Perturbation,
+    perturbation_parameters,
+)
+from robustft.methods.instance_transforms import check_pixels, transform
+from robustft.models.patches import patch_model
 from robustft.training.loaders import rows
 from robustft.training.precision import full_float32
 
 __all__ = [
-    "IDENTITY",
     "Collected",
-    "GradientPerturbation",
+    "MakeSurface",
     "Surface",
     "Target",
     "collect",
     "collect_batches",
+    "image_surface",
     "log_odds",
-    "perturbation_parameters",
+    "patch_surface",
     "pixel_surface",
     "shard_positions",
 ]
 
-Norm = Literal["Linf", "L2"]
-Direction = Literal["steepest", "largest"]
 Target = Literal["gold", "pred"]
 Inputs = Tensor | Mapping[str, Tensor]
-
-IDENTITY = "identity"
-"""The control that changes nothing: its differences are exactly 0, or something is wrong."""
-
-REACH = 2.5  # in units of eps: what all default steps add up to
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GradientPerturbation:
-    """Steps up the loss, to the worst the model can be shown near an instance."""
-
-    norm: Norm = "Linf"
-    """"Linf" or "L2"."""
-    eps: float | None = 8 / 255
-    """Radius in [0, 1] pixel units, > 0; None: not projected, as published (images stay in [0, 1]
-    all the same)."""
-    num_steps: int = 10
-    """Number of updates, >= 1."""
-    step_size: float | None = None
-    """Length of a step, > 0. None: 2.5 eps / num_steps; needed without ``eps`` (published .08)."""
-    direction: Direction = "steepest"
-    """Of "Linf": "steepest" is the sign of the gradient; "largest" (published) divides it by its
-    largest entry. L2 always divides it by its length."""
-    start_size: float = 0.0
-    """Random start, >= 0: uniform noise of this size in every entry (Linf), or divided by the root
-    of their number (L2; published .05). 0: at the instance itself."""
-    legacy_steps: bool = False
-    """Published count: one update fewer than ``num_steps``."""
-
-    def __post_init__(self) -> None:
-        require_choice(self, "norm", Norm)
-        require_choice(self, "direction", Direction)
-        require_at_least(self, 1, "num_steps")
-        require_range(self, 0, math.inf, "start_size")
-        for name in ("eps", "step_size"):
-            if getattr(self, name) is not None:
-                require_range(self, 0, math.inf, name, open_low=True)
-        if self.eps is None and self.step_size is None:
-            raise ConfigError("eps = None: give step_size, the length of a step")
-        if self.direction == "largest" and self.norm != "Linf":
-            raise ConfigError("direction = 'largest' belongs to norm = 'Linf'")
-
-    @property
-    def updates(self) -> int:
-        return self.num_steps - self.legacy_steps
-
-    @property
-    def step(self) -> float:
-        """Length of a step."""
-        if self.step_size is not None:
-            return self.step_size
-        assert self.eps is not None
-        return REACH * self.eps / self.num_steps
-
-    @property
-    def name(self) -> str:
-        """Such as "px-linf-k10-8/255", or without projection "px-l2-k8-step0.08"."""
-        if self.eps is None:
-            size = f"step{self.step:g}"
-        else:
-            size = str(ThreatModel(self.norm, self.eps)).partition(" ")[2]
-        extras = [
-            *(["largest"] if self.direction == "largest" else []),
-            *(["legacy"] if self.legacy_steps else []),
-            *([f"start{self.start_size:g}"] if self.start_size else []),
-        ]
-        return "-".join(["px", self.norm.lower(), f"k{self.num_steps}", size, *extras])
-
-
-Perturbation = GradientPerturbation | str
-"""A gradient perturbation, the name of a transformation ("blur-weak"), or "identity"."""
-
-
-def perturbation_parameters(perturbations: Sequence[Perturbation]) -> dict[str, dict[str, Any]]:
-    """Return name -> parameters, in order: what a manifest says of them.
-
-    Raises:
-        ConfigError: there is none, a name is unknown, or two have the same name.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for perturbation in perturbations:
-        if isinstance(perturbation, GradientPerturbation):
-            name = perturbation.name
-            parameters = {"kind": "gradient", **dataclasses.asdict(perturbation)}
-            parameters |= {"updates": perturbation.updates, "step": perturbation.step}
-        elif perturbation == IDENTITY:
-            name, parameters = perturbation, {"kind": IDENTITY}
-        else:
-            name = perturbation
-            family, strength = check_transform(name)
-            parameters = {"kind": "transform", "family": family, "strength": strength}
-        if name in found:
-            raise ConfigError(f"two perturbations are called {name!r}: leave one out")
-        found[name] = parameters
-    if not found:
-        raise ConfigError("there is nothing to measure: name at least one perturbation")
-    return found
-
 
 # What a model is shown.
 
@@ -164,11 +72,11 @@ class Surface:
     """A batch as a perturbation sees it.
 
     Args:
-        base: what is perturbed, float ``[n, ...]``: pixels, or (for text) word embeddings.
+        base: what is perturbed, float ``[n, ...]``: pixels, or embeddings of patches or words.
         forward: perturbed base -> logits ``[n, classes]``; all other model inputs (masks, token
             types) are the same in every call, the clean one included.
         unit_box: whether the base must stay in [0, 1].
-        free: bool, broadcastable to ``base``: where a random start may put noise; None: everywhere.
+        free: bool, broadcastable to ``base``: what may be perturbed; None: everything.
     """
 
     base: Tensor
@@ -196,6 +104,55 @@ def pixel_surface(model: nn.Module, inputs: Inputs) -> Surface:
     return Surface(base=inputs, forward=forward, unit_box=True)
 
 
+def patch_surface(model: nn.Module, inputs: Inputs) -> Surface:
+    """Return the patch embeddings of images as a surface.
+
+    Raises:
+        ConfigError: the model is not known to have any, or the batch is a mapping.
+        DataError: the images are not float in [0, 1].
+    """
+    pixels = pixel_surface(model, inputs).base.to(_dtype_of(model))
+    embedded = patch_model(model)
+    with torch.no_grad():
+        base = embedded.embed(pixels)
+    return embedding_surface(base, lambda point: embedded.from_embeddings(point, pixels))
+
+
+def embedding_surface(
+    base: Tensor, forward: Callable[[Tensor], Tensor], *, free: Tensor | None = None
+) -> Surface:
+    """Return embeddings ``[n, length, width]`` as a surface on which steps are taken in float32.
+
+    Those of a half-precision model would be rounded away.
+    """
+    given, taken = base.dtype, torch.promote_types(base.dtype, torch.float32)
+    return Surface(
+        base=base.to(taken),
+        forward=lambda point: forward(point.to(given)),
+        unit_box=False,
+        free=free,
+    )
+
+
+MakeSurface = Callable[[Any, Any], Surface]
+"""(bare model, inputs) -> what a perturbation sees."""
+
+
+def image_surface(perturbation: Perturbation) -> MakeSurface:
+    """Return how a perturbation sees images.
+
+    Raises:
+        ConfigError: it is one of word embeddings.
+    """
+    if isinstance(perturbation, EmbeddingPerturbation):
+        raise ConfigError(
+            "an EmbeddingPerturbation is for text: perturb images in pixels, or in patch "
+            "embeddings with a PatchPerturbation (per: image or patch)"
+        )
+    in_patches = isinstance(perturbation, PatchPerturbation) or perturbation == PATCH_IDENTITY
+    return patch_surface if in_patches else pixel_surface
+
+
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((value.dtype for value in model.parameters()), torch.float32)
 
@@ -210,7 +167,8 @@ class Collected:
         num_forwards, num_backwards: passes of single instances. With G gradient perturbations of
             K updates from zero, C transformations and N instances: (1 + G K + C) N forwards and
             ((K - 1) G + 1) N backwards, the first gradient being common to all (G > 0). A random
-            start takes one more of either. A row that only keeps ranks in step is counted too.
+            start takes one more of either. Pixels and patches have a clean pass and a first
+            gradient each. A row that only keeps ranks in step is counted too.
     """
 
     columns: dict[str, NDArray[np.generic]]
@@ -294,25 +252,30 @@ def collect_batches(
     *,
     count: int,
     perturbations: Sequence[Perturbation],
-    surface: Callable[[nn.Module, Any], Surface] = pixel_surface,
+    surface_of: Callable[[Perturbation], MakeSurface] = image_surface,
     record: int = 0,
     target: Target = "gold",
     seed: int = 0,
 ) -> Collected:
     """Measure batches of (inputs, labels, ids), of which the first ``count`` rows are kept.
 
-    The core of ``collect``: ``surface`` says what a batch looks like to a perturbation.
+    The core of ``collect``: ``surface_of`` says what a batch looks like to a perturbation.
     """
     perturbation_parameters(perturbations)
+    spaces: dict[MakeSurface, list[tuple[int, Perturbation]]] = {}
+    for code, perturbation in enumerate(perturbations):
+        spaces.setdefault(surface_of(perturbation), []).append((code, perturbation))
     parts: list[dict[str, NDArray[np.generic]]] = []
     passes = _Passes()
     devices = {value.device.index for value in model.parameters() if value.is_cuda}
     with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
         left = count
         for inputs, labels, ids in batches:
-            with attack_mode(model):
-                batch = _Batch(surface(model, inputs), labels, ids, target, passes)
-                measured = batch.measure(perturbations, record=record, seed=seed)
+            measured: list[dict[str, NDArray[np.generic]]] = []
+            with attack_mode(model), _same_attention():
+                for surface, chosen in spaces.items():
+                    batch = _Batch(surface(model, inputs), labels, ids, target, passes)
+                    measured += batch.measure(chosen, record=record, seed=seed)
             kept = min(len(labels), left)
             left -= kept
             parts.extend(
@@ -320,6 +283,21 @@ def collect_batches(
             )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Collected(columns=columns, num_forwards=passes.forwards, num_backwards=passes.backwards)
+
+
+@contextlib.contextmanager
+def _same_attention() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` compute alike with and without gradients.
+
+    Its fast path, which only passes without gradients take, rounds otherwise: the control would not
+    be exactly 0.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclasses.dataclass(slots=True)
@@ -341,13 +319,13 @@ class _Batch:
         self.labels, self.ids, self.target, self.passes = labels, ids, target, passes
 
     def measure(
-        self, perturbations: Sequence[Perturbation], *, record: int, seed: int
+        self, perturbations: Sequence[tuple[int, Perturbation]], *, record: int, seed: int
     ) -> list[dict[str, NDArray[np.generic]]]:
-        """Return the rows of every perturbation."""
-        clean_logits, targets, gradient = self._clean(perturbations)
+        """Return the rows of every (code, perturbation)."""
+        clean_logits, targets, gradient = self._clean([one for _, one in perturbations])
         clean = _numbers(clean_logits, self.labels, targets)
         found = []
-        for code, perturbation in enumerate(perturbations):
+        for code, perturbation in perturbations:
             point = self._perturbed(perturbation, targets, gradient, record=record, seed=seed)
             with torch.no_grad():
                 perturbed = _numbers(self._forward(point), self.labels, targets)
@@ -392,7 +370,7 @@ class _Batch:
         base = self.surface.base
         if isinstance(perturbation, GradientPerturbation):
             return self._climb(perturbation, targets, gradient, record=record, seed=seed)
-        if perturbation == IDENTITY:
+        if perturbation in (IDENTITY, PATCH_IDENTITY):
             # Through the same computation as every other perturbation, by a step of length 0.
             return base + torch.zeros_like(base)
         if not self.surface.unit_box:
@@ -411,49 +389,32 @@ class _Batch:
     ) -> Tensor:
         """Return the last point of the ascent."""
         base = self.surface.base
-        delta = self._start(perturbation, record=record, seed=seed)
+        free = torch.ones_like(base)
+        if self.surface.free is not None:
+            free = free * self.surface.free
+        delta = torch.zeros_like(base)
+        if perturbation.start_size:
+            # Counted entry by entry: the padding behind a sentence does not change its noise.
+            key = derive_seed(seed, "instance start", perturbation.name, record)
+            noise = 2 * uniform(key, self.ids, tuple(base.shape[1:]), dtype=base.dtype) - 1
+            delta = self._boxed(perturbation.start(noise, free))
         for update in range(perturbation.updates):
             if update > 0 or perturbation.start_size or gradient is None:
                 point = (base + delta).requires_grad_()
                 gradient = self._backward(self._forward(point), targets, point)
-            delta = delta + perturbation.step * _direction(gradient, perturbation)
-            delta = self._restrict(delta, perturbation)
-        return self._inside(base + delta)
+            step = perturbation.step * perturbation.uphill(gradient * free)
+            delta = self._boxed(perturbation.within(delta + step))
+        return (base + delta).clamp(0, 1) if self.surface.unit_box else base + delta
 
-    def _start(self, perturbation: GradientPerturbation, *, record: int, seed: int) -> Tensor:
-        """Return zeros, or noise that depends on (seed, record, instance) alone."""
-        base = self.surface.base
-        if not perturbation.start_size:
-            return torch.zeros_like(base)
-        shape = tuple(base.shape[1:])
-        key = derive_seed(seed, "instance start", perturbation.name, record)
-        free = torch.ones_like(base)
-        if self.surface.free is not None:
-            free = free * self.surface.free
-        noise = (2 * uniform(key, self.ids, shape, dtype=base.dtype) - 1) * free
-        if perturbation.norm == "L2":
-            # Of length start_size / sqrt(3) on average, however many entries there are.
-            noise = noise / free.flatten(1).sum(1).sqrt().view(-1, *[1] * len(shape))
-        return self._restrict(perturbation.start_size * noise, perturbation)
-
-    def _restrict(self, delta: Tensor, perturbation: GradientPerturbation) -> Tensor:
-        """Move a perturbation into ball and box."""
-        if perturbation.eps is not None:
-            if perturbation.norm == "L2":
-                delta = into_ball_l2(delta, perturbation.eps)
-            else:
-                delta = delta.clamp(-perturbation.eps, perturbation.eps)
-        if self.surface.unit_box:
-            # Clipping towards a box that holds the base only shortens delta.
-            delta = torch.clamp(delta, -self.surface.base, 1 - self.surface.base)
-        return delta
-
-    def _inside(self, point: Tensor) -> Tensor:
-        return point.clamp(0, 1) if self.surface.unit_box else point
+    def _boxed(self, delta: Tensor) -> Tensor:
+        """Move a perturbation into the box; it lies in its ball, and only becomes shorter."""
+        if not self.surface.unit_box:
+            return delta
+        return torch.clamp(delta, -self.surface.base, 1 - self.surface.base)
 
     def _length(self, perturbation: Perturbation, point: Tensor) -> Tensor:
         """Return the L2 length of a perturbation, ``[n]``; NaN for a transformation."""
-        if isinstance(perturbation, str) and perturbation != IDENTITY:
+        if isinstance(perturbation, str) and perturbation not in (IDENTITY, PATCH_IDENTITY):
             return torch.full(self.ids.shape, math.nan, device=self.ids.device)
         return l2_norm(point - self.surface.base).flatten()
 
@@ -485,15 +446,6 @@ def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     rows_ = targets.unsqueeze(1)
     others = logits.scatter(1, rows_, -math.inf).logsumexp(dim=1)
     return others - logits.gather(1, rows_).squeeze(1)
-
-
-def _direction(gradient: Tensor, perturbation: GradientPerturbation) -> Tensor:
-    if perturbation.norm == "L2":
-        return normalized(gradient)
-    if perturbation.direction == "steepest":
-        return gradient.sign()
-    largest = gradient.flatten(1).abs().amax(dim=1).view(-1, *[1] * (gradient.ndim - 1))
-    return gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny)
 
 
 def _numbers(logits: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -1,31 +1,75 @@
-"""Options of method "instances" (robustft.methods.instances)."""
+"""Options of method "instances" (robustft.methods.instances), and what those for text share."""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal, Protocol
+
+import tyro
 
 from robustft.errors import ConfigError
 from robustft.methods.common import AttackConfig
-from robustft.methods.instance_collector import (
+from robustft.methods.instance_collector import Target
+from robustft.methods.instance_losses import MitigationConfig
+from robustft.methods.instance_perturbations import (
     GradientPerturbation,
+    PatchPerturbation,
     Perturbation,
-    Target,
     perturbation_parameters,
 )
-from robustft.methods.instance_losses import MitigationConfig
 from robustft.methods.instance_selection import PUBLISHED_SCORE
 from robustft.training.augment import AugmentConfig
 from robustft.training.checks import require_at_least, require_choice, require_range
 from robustft.training.optimizers import OptimizerConfig
 from robustft.training.schedules import ScheduleConfig
 
-__all__ = ["CollectConfig", "GroupConfig", "InstancesConfig"]
+__all__ = [
+    "CollectConfig",
+    "CollectOptions",
+    "GroupConfig",
+    "InstancesConfig",
+    "TrainingOptions",
+    "check_collecting",
+    "check_treatment",
+]
 
 When = Literal["in_loop", "offline"]
 Use = Literal["subset", "loss"]
 Which = Literal["robust", "swing", "non-robust", "random", "all"]
 Training = Literal["clean", "adversarial"]
 Keep = Literal["best", "last"]
+# The command line takes the kind of an attack from the preset, and only its fields as options.
+ImageAttack = Annotated[GradientPerturbation | PatchPerturbation, tyro.conf.AvoidSubcommands]
+
+
+class CollectOptions(Protocol):
+    """What is measured, where and when, whatever the instances are."""
+
+    @property
+    def folder(self) -> str | None: ...
+    @property
+    def when(self) -> When: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def perturbations(self) -> tuple[Perturbation, ...]: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def shards(self) -> int: ...
+
+
+def check_collecting(options: CollectOptions) -> None:
+    """Raise ConfigError unless the options can be measured by."""
+    require_choice(options, "when", When)
+    require_choice(options, "target", Target)
+    require_at_least(options, 1, "every", "batch_size", "shards")
+    require_at_least(options, 0, "seed")
+    if options.folder is not None:
+        perturbation_parameters(options.perturbations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +83,13 @@ class CollectConfig:
     weights there, and they are measured afterwards, spread over checkpoints and shards."""
     every: int = 1
     """Epochs between records, >= 1. The start and the final model are always measured."""
-    attacks: tuple[GradientPerturbation, ...] = (GradientPerturbation(),)
-    """Worst-case perturbations."""
+    attacks: tuple[ImageAttack, ...] = (GradientPerturbation(),)
+    """Worst-case perturbations, of pixels; with ``per`` of the patch embeddings of a vision
+    transformer."""
     transforms: tuple[str, ...] = ()
     """Transformations of fixed strength, "<family>-<weak, medium or strong>" (blur, rotate,
-    translate_horizontal, red_shift, ..., shot_noise and all other common corruptions), and
-    "identity", the control."""
+    translate_horizontal, red_shift, ..., shot_noise and all other common corruptions), and the
+    controls: "identity" and, of patch embeddings, "identity-patches"."""
     target: Target = "gold"
     """What losses are measured against: the "gold" label or the clean "pred"iction."""
     batch_size: int = 256
@@ -55,12 +100,7 @@ class CollectConfig:
     """Parts per checkpoint of "offline", >= 1: what can run side by side."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "when", When)
-        require_choice(self, "target", Target)
-        require_at_least(self, 1, "every", "batch_size", "shards")
-        require_at_least(self, 0, "seed")
-        if self.folder is not None:
-            perturbation_parameters(self.perturbations)
+        check_collecting(self)
 
     @property
     def perturbations(self) -> tuple[Perturbation, ...]:
@@ -96,6 +136,43 @@ class GroupConfig:
             raise ConfigError(
                 f"which = {self.which!r}: name the folder of an earlier run's statistics"
             )
+
+
+class TrainingOptions(Protocol):
+    """What training with or for statistics is told, whatever the instances are."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def group(self) -> GroupConfig: ...
+    @property
+    def use(self) -> Use: ...
+    @property
+    def mitigation(self) -> MitigationConfig: ...
+
+
+def check_treatment(config: TrainingOptions) -> None:
+    """Raise ConfigError if the group and what is done to it contradict each other."""
+    require_choice(config, "keep", Keep)
+    require_choice(config, "use", Use)
+    if config.use == "subset" and config.mitigation.kind != "none":
+        raise ConfigError(
+            "use = 'subset' trains on the group alone: leave mitigation.kind at 'none', or set "
+            "use = 'loss'"
+        )
+    if config.use == "loss" and config.group.which != "all" and config.mitigation.kind == "none":
+        raise ConfigError(
+            f"group.which = {config.group.which!r} has no effect: choose mitigation.kind "
+            "'flooding' or 'soft_label', or use = 'subset'"
+        )
+    if config.mitigation.level_quantile is not None and config.group.statistics is None:
+        raise ConfigError("mitigation.level_quantile needs group.statistics")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,17 +219,4 @@ class InstancesConfig:
         require_at_least(self, 0, "seed")
         require_range(self, 0, math.inf, "lr", open_low=True)
         require_choice(self, "training", Training)
-        require_choice(self, "keep", Keep)
-        require_choice(self, "use", Use)
-        if self.use == "subset" and self.mitigation.kind != "none":
-            raise ConfigError(
-                "use = 'subset' trains on the group alone: leave mitigation.kind at 'none', or set "
-                "use = 'loss'"
-            )
-        if self.use == "loss" and self.group.which != "all" and self.mitigation.kind == "none":
-            raise ConfigError(
-                f"group.which = {self.group.which!r} has no effect: choose mitigation.kind "
-                "'flooding' or 'soft_label', or use = 'subset'"
-            )
-        if self.mitigation.level_quantile is not None and self.group.statistics is None:
-            raise ConfigError("mitigation.level_quantile needs group.statistics")
+        check_treatment(self)

@@ -1,11 +1,13 @@
 """RiFT's third step: the straight line between robust and fine-tuned weights, and where to stop.
 
-Zhu, Hu, Wang, Xie, Yang, 2023, arXiv 2308.02533, algorithm 1, lines 22-29.
+Zhu, Hu, Wang, Xie, Yang, 2023, arXiv 2308.02533, algorithm 1, lines 22-29. ``rift.interpolated``
+takes the step, after RiFT's own fine-tuning or any other method.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,20 +15,93 @@ from torch import Tensor, nn
 
 from robustft.data.base import Split
 from robustft.errors import ConfigError
-from robustft.methods.common import craft
-from robustft.methods.rift_config import RiftConfig
+from robustft.methods.common import AttackConfig, craft
 from robustft.models.start import Start
 from robustft.threat import ThreatModel
+from robustft.training.checks import require_at_least, require_choice, require_range
 from robustft.training.loaders import rows
 from robustft.training.precision import full_float32
 from robustft.training.seeding import generator
 
-__all__ = ["CurveWork", "curve_point", "interpolate", "select_alpha"]
+__all__ = [
+    "CurveConfig",
+    "CurveWork",
+    "InterpolateConfig",
+    "RobustMetric",
+    "check_curve",
+    "curve_point",
+    "interpolate",
+    "require_line",
+    "select_alpha",
+]
 
 ROUNDING = 1e-9
 """Slack in comparisons of accuracies: far below one image, far above float rounding."""
 
 State = Mapping[str, Tensor]
+RobustMetric = Literal["min_over_runs", "worst_case"]
+
+
+class CurveConfig(Protocol):
+    """The options of the interpolation: ``InterpolateConfig``, or RiFT's own of the same names."""
+
+    @property
+    def alphas(self) -> tuple[float, ...]: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def curve_attack(self) -> AttackConfig: ...
+    @property
+    def curve_runs(self) -> int: ...
+    @property
+    def robust_metric(self) -> RobustMetric: ...
+    @property
+    def fresh_noise(self) -> bool: ...
+    @property
+    def eval_batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InterpolateConfig:
+    """RiFT's interpolation where the fine-tuning is another method's; names are RiFT's."""
+
+    alphas: tuple[float, ...] = tuple(index / 10 for index in range(11))
+    """Points of the interpolation, ascending from 0, at most 1."""
+    tolerance: float = 0.001
+    """How far robust accuracy may fall below the start's: a fraction, 0 to 1 (0.001 = 0.1
+    points)."""
+    curve_attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
+    """PGD that measures robustness along the interpolation, against the first threat model."""
+    curve_runs: int = 3
+    """Independent PGD runs per point, >= 1."""
+    robust_metric: RobustMetric = "min_over_runs"
+    """"min_over_runs": the lowest of the runs' accuracies (paper); "worst_case": an image counts
+    if it survives every run (never higher)."""
+    fresh_noise: bool = False
+    """Published quirk: every point of the curve draws its own start noise."""
+    eval_batch_size: int = 512
+    """Images at a time, >= 1."""
+    seed: int = 0
+    """Of the attack's start noise, >= 0."""
+
+    def __post_init__(self) -> None:
+        check_curve(self)
+
+
+def check_curve(config: CurveConfig) -> None:
+    """Raise ConfigError if an option of the interpolation is out of range."""
+    require_at_least(config, 1, "curve_runs", "eval_batch_size")
+    require_at_least(config, 0, "seed")
+    require_range(config, 0, 1, "tolerance")
+    require_choice(config, "robust_metric", RobustMetric)
+    alphas = config.alphas
+    ascending = all(a < b for a, b in itertools.pairwise(alphas))
+    if not alphas or alphas[0] != 0 or alphas[-1] > 1 or not ascending:
+        raise ConfigError(
+            f"alphas = {alphas!r}: must ascend from 0 and end at most at 1, e.g. [0, 0.5, 1]"
+        )
 
 
 def interpolate(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
@@ -115,6 +190,16 @@ def select_alpha(
     return float(-max(qualified)[2]) + 0.0 if qualified else 0.0
 
 
+def require_line(start: Start) -> None:
+    """Raise ConfigError unless ``start`` can be the robust end of an interpolation."""
+    if start.state is None or start.fresh_head:
+        what = "fresh weights" if start.state is None else "a new head"
+        raise ConfigError(
+            f"the start has {what}, and an interpolation goes back to a robust model of the task: "
+            "start from one, or leave the interpolation out"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CurveWork:
     """What measuring a point of the interpolation needs, wherever it runs.
@@ -131,7 +216,7 @@ class CurveWork:
     tuned: Mapping[str, Tensor]
     split: Split
     threat: ThreatModel
-    config: RiftConfig
+    config: CurveConfig
     device: str
 
 

@@ -313,7 +313,7 @@ def train(config: MultiNormConfig, context: RunContext) -> Result:
             measured = measure(context.engine.module, threats=context.task.threat_models)
             metrics.update(measured)
             score = measured["val/union"] if config.keep == "best" else float(epoch)
-            best.offer(score, epoch=epoch + 1, state=context.engine.state)
+            best.offer(score, epoch=epoch + 1, state=context.engine.model_state)
         epoch_rows.append({"epoch": epoch + 1, **metrics})
         context.report(
             metrics,

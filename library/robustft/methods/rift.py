@@ -6,9 +6,11 @@ every layer's criticality, fine-tune the least critical one on clean images, and
 the straight line between old and new weights until robustness is what it was.
 
 The options are in ``robustft.methods.rift_config``, the ascent of step 1 in ``criticality`` and the
-line of step 3 in ``interpolation`` beside this file.
+line of step 3 in ``interpolation`` beside this file. Other methods use steps 2 and 3 as they are:
+``fine_tune`` and ``interpolated``.
 """
 
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -36,8 +38,18 @@ from robustft.methods.criticality import (
     module_robust_criticality,
     rank_layers,
 )
-from robustft.methods.interpolation import CurveWork, curve_point, interpolate, select_alpha
-from robustft.methods.rift_config import PREPARE_FIELDS, RiftConfig, official
+from robustft.methods.fine_tuning import PASSES
+from robustft.methods.instance_config import GroupConfig
+from robustft.methods.instance_selection import split_groups
+from robustft.methods.instance_statistics import InstanceStatistics
+from robustft.methods.interpolation import (
+    CurveConfig,
+    CurveWork,
+    curve_point,
+    interpolate,
+    select_alpha,
+)
+from robustft.methods.rift_config import PREPARE_FIELDS, RiftConfig, TuneConfig, official
 from robustft.models import batch_norms, resolve_layer, state_digest, weight_layers
 from robustft.models.start import Start
 from robustft.threat import ThreatModel
@@ -52,9 +64,12 @@ __all__ = [
     "PREPARE_FIELDS",
     "Criticality",
     "RiftConfig",
+    "Tuned",
     "choose_modules",
     "criticality_of_layer",
+    "fine_tune",
     "interpolate",
+    "interpolated",
     "module_robust_criticality",
     "official",
     "prepare",
@@ -278,10 +293,96 @@ def _set_trainable(model: nn.Module, modules: Sequence[str], *, weights: bool) -
             resolve_layer(model, name).requires_grad_(True)
 
 
-def _fine_tune(
-    config: RiftConfig, context: RunContext, modules: Sequence[str]
-) -> tuple[dict[str, Tensor], list[Row], int]:
-    """Return the fine-tuned weights, one row per epoch, and the 1-based epoch that was kept."""
+def _group_split(group: GroupConfig, task: Task) -> Split:
+    """Return the training examples of a group, by the statistics of an earlier run.
+
+    Raises:
+        ConfigError: the statistics are of other examples, or the group cannot be made.
+        DataError: the statistics are incomplete or damaged.
+    """
+    split = task.splits["train"]
+    if group.which == "all" or group.statistics is None:
+        return split
+    statistics = InstanceStatistics(group.statistics, split=split)
+    name = group.perturbation or next(iter(statistics.manifest.perturbations))
+    chosen = split_groups(
+        statistics.aggregate(name, only_correct=group.only_correct),
+        group.metric,
+        share=group.share,
+        groups=(group.which,),
+        balance=group.balance,
+        num_classes=task.num_classes,
+        seed=group.seed,
+    )[group.which]
+    return split.take(np.flatnonzero(np.isin(split.ids, statistics.ids[chosen])))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Tuned:
+    """What fine-tuning found.
+
+    Args:
+        state: the weights of the kept epoch, on the CPU.
+        rows: one per epoch of all stages.
+        epoch: 1-based number of the kept one, which is of the last stage.
+    """
+
+    state: dict[str, Tensor]
+    rows: list[Row]
+    epoch: int
+
+
+def fine_tune(
+    stages: Sequence[tuple[TuneConfig, Sequence[str]]],
+    context: RunContext,
+    *,
+    split: Split | None = None,
+    attack: AttackConfig | None = None,
+) -> Tuned:
+    """Fine-tune on natural images, in one stage or in several that follow one another.
+
+    Each stage has its own optimiser and schedule and begins from the weights that the stage before
+    has kept. A resumed run goes on in the stage that its checkpoint was written in.
+
+    Args:
+        stages: options, and names of the modules that are trained: layers, "all" or "bn".
+        context: the start, the data, the checkpoint to continue from.
+        split: what is trained on; None: the training split.
+        attack: PGD on the selection split after each epoch, for "val/robust" beside "val/clean".
+            None: clean accuracy alone, as "val/tuned_clean", since an interpolation follows and
+            "val/clean" is that of its result.
+
+    Raises:
+        NonFiniteLossError: fine-tuning diverged.
+    """
+    split = context.task.splits["train"] if split is None else split
+    total = sum(config.epochs for config, _ in stages)
+    saved = context.resume()
+    epoch_rows: list[Row] = [] if saved is None else list(saved["epochs"])
+    own, begin, best = copy.copy(context), 0, Best()
+    for config, modules in stages:
+        # A checkpoint of a later stage holds all that this one has left.
+        if len(epoch_rows) <= begin + config.epochs:
+            best = _stage(
+                config, own, modules, split, epoch_rows, begin=begin, total=total, attack=attack
+            )
+            own.start = dataclasses.replace(own.start, state=best.model)
+        begin += config.epochs
+    return Tuned(best.model, epoch_rows, best.epoch)
+
+
+def _stage(
+    config: TuneConfig,
+    context: RunContext,
+    modules: Sequence[str],
+    split: Split,
+    epoch_rows: list[Row],
+    *,
+    begin: int,
+    total: int,
+    attack: AttackConfig | None,
+) -> Best:
+    """Train the epochs from ``begin`` on that are not in ``epoch_rows`` yet, and append them."""
     trains_weights = config.bn_mode != "recalibrate_only"
     model = context.start.build().to(context.device)
     _set_trainable(model, modules, weights=trains_weights)
@@ -292,20 +393,24 @@ def _fine_tune(
     )
     network = context.engine.prepare(model, optimizer)
     loader = Loader(
-        context.task.splits["train"],
+        split,
         batch_size=config.batch_size,
         seed=config.seed,
         device=context.device,
         rank=context.rank,
         world_size=context.world_size,
     )
-    best, epoch_rows = Best(), list[Row]()
-    saved = context.resume()
+    best, val = Best(), "val/tuned_" if attack is None else "val/"
+    # A checkpoint from the end of the stage before has another optimiser.
+    saved = context.resume() if len(epoch_rows) > begin else None
     if saved is not None:
         context.engine.load_state(saved["engine"])
-        best, epoch_rows = Best.load(saved["best"]), list(saved["epochs"])
-
-    for epoch in range(len(epoch_rows), config.epochs):
+        best = Best.load(saved["best"])
+    attacks = len(context.task.splits["val"]) * (0 if attack is None else attack.num_steps)
+    answers = len(context.task.splits["val"]) * (1 if attack is None else 2)
+    # A backward to one layer counts as one.
+    passes = (len(split) + attacks + answers, len(split) * trains_weights + attacks)
+    for epoch in range(len(epoch_rows) - begin, config.epochs):
         network.train()
         if config.bn_mode == "frozen":
             for layer in batch_norms(context.engine.module).values():
@@ -317,31 +422,32 @@ def _fine_tune(
         measured = validate(
             context.engine.module,
             context,
-            attack=None,
+            attack=attack,
             batch_size=config.eval_batch_size,
             seed=config.seed,
         )
+        number = begin + epoch + 1
         score = measured["val/clean"] if config.keep == "best" else float(epoch)
-        best.offer(score, epoch=epoch + 1, state=context.engine.state)
+        best.offer(score, epoch=number, state=context.engine.model_state)
         metrics = {
             "train/loss": trained["loss"],
             "train/clean": trained["accuracy"],
             "lr": trained["lr"],
-            # Before interpolation, hence another name than the result's "val/clean".
-            "val/tuned_clean": measured["val/clean"],
+            **{name.replace("val/", val): value for name, value in measured.items()},
+            **dict(zip(PASSES, passes, strict=True)),
         }
-        epoch_rows.append({"epoch": epoch + 1, **metrics})
+        epoch_rows.append({"epoch": number, **metrics})
         context.report(
             metrics,
-            step=epoch + 1,
-            total=config.epochs,
+            step=number,
+            total=total,
             checkpoint=lambda: {
                 "engine": context.engine.state(),
                 "best": best.state(),
                 "epochs": list(epoch_rows),
             },
         )
-    return best.model, epoch_rows, best.epoch
+    return best
 
 
 def _clean_loss(network: nn.Module, batch: Batch, _: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -349,35 +455,30 @@ def _clean_loss(network: nn.Module, batch: Batch, _: torch.Generator) -> tuple[T
     return functional.cross_entropy(logits, batch.labels), logits
 
 
-# The whole method.
+# Step 3: interpolate, and choose where to stop.
 
 
-def train(config: RiftConfig, context: RunContext) -> Result:
-    """Run the method: criticality (unless prepared), fine-tuning, interpolation, choice.
+def interpolated(config: CurveConfig, context: RunContext, result: Result) -> Result:
+    """Go back from a method's result towards its start as far as robustness demands.
 
-    Every choice is made on the task's "val" split.
+    Every entry of the state is interpolated, BatchNorm's running statistics like weights. Points
+    are compared on the task's "val" split, against its first threat model.
 
-    Raises:
-        ConfigError: what was prepared belongs to other settings.
-        NonFiniteLossError: fine-tuning diverged.
+    Args:
+        config: the points, the attack, the tolerance.
+        context: gives the start and fans out over the points.
+        result: of a method that began at ``context.start``.
+
+    Returns:
+        ``result`` with the chosen state. Its accuracies on "val" are those of that state; what the
+        method had measured itself is called "val/tuned_...". It gains "val/start_clean",
+        "val/start_robust", "movement", choice "alpha" and table "interpolation", and counts the
+        passes of the curve if the method counts its own.
     """
-    prepared = context.prepared or None
-    if prepared is None and _needs_criticality(config):
-        prepared = prepare(config, context)
-    if prepared is not None and prepared["settings"] != _prepare_hash(config):
-        raise ConfigError(
-            "the prepared criticality was measured with other settings: prepare again, or give "
-            f"all trials the same {', '.join(PREPARE_FIELDS)}"
-        )
-    table: list[Row] = list(prepared["criticality"]) if prepared is not None else []
-    model = context.start.build()
-    modules = choose_modules(config, model, table)
-    start_state = cpu_state(model.state_dict())
-    tuned_state, epoch_rows, epoch = _fine_tune(config, context, modules)
-
+    start_state = cpu_state(context.start.build().state_dict())
     changed = {
         name: value
-        for name, value in tuned_state.items()
+        for name, value in result.state.items()
         if not torch.equal(value, start_state[name])
     }
     work = CurveWork(
@@ -402,7 +503,9 @@ def train(config: RiftConfig, context: RunContext) -> Result:
     )
     alpha = select_alpha(curve, tolerance=config.tolerance)
     at = {row["alpha"]: row for row in curve}
-    metrics = {
+    # What the method has measured of the start stays true of the start.
+    own = {re.sub(r"^val/(?!start_)", "val/tuned_", n): v for n, v in result.metrics.items()}
+    metrics = own | {
         "val/clean": at[alpha]["clean"],
         "val/robust": at[alpha]["robust"],
         "val/start_clean": at[0]["clean"],
@@ -411,21 +514,17 @@ def train(config: RiftConfig, context: RunContext) -> Result:
     }
     if 1 in at:
         metrics |= {"val/tuned_clean": at[1]["clean"], "val/tuned_robust": at[1]["robust"]}
+    backwards = len(curve) * len(work.split) * config.curve_runs * config.curve_attack.num_steps
+    forwards = backwards + len(curve) * len(work.split) * (config.curve_runs + 1)
+    for name, count in zip(PASSES, (forwards, backwards), strict=True):
+        if name in metrics:
+            metrics[name] += count
     return Result(
-        state=interpolate(start_state, tuned_state, alpha),
+        state=interpolate(start_state, result.state, alpha),
         metrics=metrics,
-        choices={
-            "layer": ",".join(modules),
-            "modules": ",".join(config.selection_names),
-            "lr": config.lr,
-            "alpha": alpha,
-            "bn_mode": config.bn_mode,
-            "epoch": epoch,
-            "leaky": context.task.leaky or config.mrc_split == "test",
-        },
+        choices={**result.choices, "alpha": alpha},
         tables={
-            "epochs": epoch_rows,
-            "criticality": table,
+            **result.tables,
             "interpolation": [{**row, "chosen": row["alpha"] == alpha} for row in curve],
         },
     )
@@ -441,3 +540,45 @@ def _relative_movement(start: Mapping[str, Tensor], changed: Mapping[str, Tensor
     moved = sum(float((changed[name] - start[name]).double().pow(2).sum()) for name in names)
     norm = sum(float(start[name].double().pow(2).sum()) for name in names)
     return float((moved / norm) ** 0.5) if norm else 0.0
+
+
+# The whole method.
+
+
+def train(config: RiftConfig, context: RunContext) -> Result:
+    """Run the method: criticality (unless prepared), fine-tuning, interpolation, choice.
+
+    Every choice is made on the task's "val" split.
+
+    Raises:
+        ConfigError: what was prepared belongs to other settings, or the group cannot be made.
+        NonFiniteLossError: fine-tuning diverged.
+    """
+    prepared = context.prepared or None
+    if prepared is None and _needs_criticality(config):
+        prepared = prepare(config, context)
+    if prepared is not None and prepared["settings"] != _prepare_hash(config):
+        raise ConfigError(
+            "the prepared criticality was measured with other settings: prepare again, or give "
+            f"all trials the same {', '.join(PREPARE_FIELDS)}"
+        )
+    table: list[Row] = list(prepared["criticality"]) if prepared is not None else []
+    modules = choose_modules(config, context.start.build(), table)
+    split = _group_split(config.group, context.task)
+    tuned = fine_tune([(config, modules)], context, split=split)
+    grouped = {"group": config.group.which, "group_size": len(split)}
+    result = Result(
+        state=tuned.state,
+        metrics={},
+        choices={
+            "layer": ",".join(modules),
+            "modules": ",".join(config.selection_names),
+            "lr": config.lr,
+            "bn_mode": config.bn_mode,
+            **(grouped if config.group.which != "all" else {}),
+            "epoch": tuned.epoch,
+            "leaky": context.task.leaky or config.mrc_split == "test",
+        },
+        tables={"epochs": tuned.rows, "criticality": table},
+    )
+    return interpolated(config, context, result)

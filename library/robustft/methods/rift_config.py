@@ -2,25 +2,42 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 from robustft.errors import ConfigError
 from robustft.methods.common import AttackConfig
 from robustft.methods.criticality import Projection
+from robustft.methods.instance_config import GroupConfig
+from robustft.methods.interpolation import RobustMetric, check_curve
 from robustft.training.augment import AugmentConfig
 from robustft.training.checks import require_at_least, require_choice, require_range
+from robustft.training.loop import LoopConfig
 from robustft.training.optimizers import OptimizerConfig
 from robustft.training.schedules import ScheduleConfig
 
-__all__ = ["PREPARE_FIELDS", "BnMode", "RiftConfig", "official"]
+__all__ = ["PREPARE_FIELDS", "BnMode", "Keep", "RiftConfig", "TuneConfig", "official"]
 
 BnMode = Literal["frozen", "update", "recalibrate_only"]
 Keep = Literal["best", "last"]
 MrcSplit = Literal["val", "train", "test"]
-RobustMetric = Literal["min_over_runs", "worst_case"]
 
 OFFICIAL_STEP = 2 / 225
 """The published code's PGD step, a slip of the pen for 2/255."""
+
+
+class TuneConfig(LoopConfig, Protocol):
+    """The fields of a method's config that ``rift.fine_tune`` reads; see ``RiftConfig``."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def bn_mode(self) -> BnMode: ...
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def eval_batch_size(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +76,9 @@ class RiftConfig:
     only the running statistics, on clean data (the control experiment)."""
     keep: Keep = "best"
     """"best": the fine-tuned weights with the highest clean accuracy on "val"; "last"."""
+    group: GroupConfig = dataclasses.field(default_factory=GroupConfig)
+    """Instances that are fine-tuned on, by the statistics of an earlier run of method "instances".
+    An epoch is one pass over them: fewer updates than over the whole split."""
 
     mrc_eps: float = 0.1
     """Radius of the weight ball relative to the layer's norm, > 0."""
@@ -114,30 +134,21 @@ class RiftConfig:
             "batch_size",
             "mrc_epochs",
             "mrc_batch_size",
-            "curve_runs",
-            "eval_batch_size",
         )
-        require_at_least(self, 0, "seed", "mrc_seed", "mrc_cache_mib")
+        require_at_least(self, 0, "mrc_seed", "mrc_cache_mib")
         require_range(self, 0, math.inf, "lr", "mrc_eps", "mrc_lr", open_low=True)
         require_range(self, 0, math.inf, "tie_tolerance")
-        require_range(self, 0, 1, "tolerance")
         require_choice(self, "bn_mode", BnMode)
         require_choice(self, "keep", Keep)
         require_choice(self, "mrc_projection", Projection)
         require_choice(self, "mrc_split", MrcSplit)
-        require_choice(self, "robust_metric", RobustMetric)
         if self.mrc_examples is not None:
             require_at_least(self, 1, "mrc_examples")
         if not self.selection_names:
             raise ConfigError("modules is empty: name a layer or a rule such as 'mrc-1'")
         if not self.eligible:
             raise ConfigError("eligible is empty: '*' makes every layer eligible")
-        ascending = all(a < b for a, b in zip(self.alphas, self.alphas[1:], strict=False))
-        if not self.alphas or self.alphas[0] != 0 or self.alphas[-1] > 1 or not ascending:
-            raise ConfigError(
-                f"alphas = {self.alphas!r}: must ascend from 0 and end at most at 1, "
-                "e.g. [0, 0.5, 1]"
-            )
+        check_curve(self)
 
     @property
     def selection_names(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from robustft.methods.text_losses import (
 from robustft.models.text import TextModel
 from robustft.training.context import RunContext, State
 from robustft.training.loaders import Batch
-from robustft.training.loop import Best
+from robustft.training.loop import Best, pieces
 from robustft.training.optimizers import set_lr
 from robustft.training.rose_adamw import RoseAdamW, StepRecord
 from robustft.training.rose_masks import MaskOptions
@@ -133,23 +133,6 @@ def linear_rate(step: int, num_steps: int, *, warmup: float = 0.0) -> float:
     if step < rising:
         return step / rising
     return (num_steps - step) / (num_steps - rising)
-
-
-def _pieces(batch: Batch, count: int) -> Iterator[Batch]:
-    """Yield a share in exactly ``count`` parts whose scaled mean losses add up to the whole's.
-
-    Workers must agree on the number of backwards, so a part may be a row at weight zero.
-    """
-    for rows in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(count):
-        size = len(rows)
-        chosen = rows if size else torch.zeros_like(batch.labels[:1])
-        yield Batch(
-            inputs=batch.inputs[chosen],
-            labels=batch.labels[chosen],
-            ids=batch.ids[chosen],
-            scale=batch.scale * size / len(batch.labels),
-            count=size if batch.count else 0,
-        )
 
 
 class _FirstOrder:
@@ -317,7 +300,7 @@ class _Run:
         config, scaler = self._config, self._scaler
         first = _FirstOrder(self._eligible) if self._optimizer.wants_first_order else None
         forwards, backwards = self._loss.passes
-        for piece in _pieces(batch, config.accumulate):
+        for piece in pieces(batch, config.accumulate):
             noise = generator(config.seed, "step", epoch, step)
             terms = self._loss.terms(self._network, piece, noise)
             # Any factor on the disagreement gives the same mask; without one fp16 underflows.
@@ -351,7 +334,7 @@ class _Run:
         engine = self._context.engine
         self._scaler.unscale_(self._optimizer)
         if self._config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(engine.module.parameters(), self._config.clip_norm)
+            engine.clip(engine.module.parameters(), self._config.clip_norm)
         self._child.apply(step)
         if first is not None:
             first.hand_over(self._optimizer, self._config, self._context)
@@ -393,7 +376,7 @@ class _Run:
 
     def _model_state(self) -> State:
         """Return the model's weights in the layout of ``Start.build()``."""
-        weights = self._context.engine.state()["model"]
+        weights = self._context.engine.model_state()["model"]
         prefix = "model." if self._perturbs else ""
         return {"model": {name.removeprefix(prefix): value for name, value in weights.items()}}
 

@@ -10,50 +10,46 @@ on the selection split is that under a perturbation of word embeddings, the chea
 """
 
 import dataclasses
-import importlib.metadata
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from robustft.config import config_hash, to_dict
-from robustft.data.base import Split
+from robustft.data.base import content_digest
 from robustft.data.text import TextSplit, TextTask
 from robustft.errors import NonFiniteLossError
 from robustft.methods.base import Result, Row
-from robustft.methods.instance_collector import IDENTITY, Target, perturbation_parameters
-from robustft.methods.instance_config import GroupConfig, InstancesConfig, Keep, Use
-from robustft.methods.instance_format import Manifest, Record, fingerprint
+from robustft.methods.instance_collector import Target
+from robustft.methods.instance_config import (
+    GroupConfig,
+    Keep,
+    Use,
+    When,
+    check_collecting,
+    check_treatment,
+)
 from robustft.methods.instance_losses import MitigationConfig
-from robustft.methods.instance_statistics import (
-    InstanceStatistics,
-    StatisticsFolder,
-    write_summary,
-)
-from robustft.methods.instance_text import (
+from robustft.methods.instance_perturbations import (
+    IDENTITY,
     EmbeddingPerturbation,
-    TextPerturbation,
-    collect_text,
+    Perturbation,
 )
-from robustft.methods.instances import SteadyLoader, _batch_loss, _choices, _plan
+from robustft.methods.instance_recording import Collection, Subject
+from robustft.methods.instance_text import collect_text
+from robustft.methods.instance_training import SteadyLoader, plan, run, steps_of, treated_loss
 from robustft.methods.rose import linear_rate
-from robustft.models import state_digest
 from robustft.models.text import TextModel, TextStart
-from robustft.training.checks import require_at_least, require_choice, require_range
+from robustft.training.checks import require_at_least, require_range
 from robustft.training.context import RunContext
-from robustft.training.loaders import Batch, Loader
-from robustft.training.loop import BatchLoss, Best
+from robustft.training.loop import BatchLoss
 from robustft.training.optimizers import OptimizerConfig, build_optimizer, set_lr
 from robustft.training.schedules import ScheduleConfig
 from robustft.training.seeding import derive_seed, generator
 from robustft.training.text_loader import TextLoader
 
-__all__ = ["TextCollectConfig", "TextInstancesConfig", "train"]
-
-DIGEST_BYTES = 32  # of SHA-256
+__all__ = ["TextCollectConfig", "TextInstancesConfig", "collect_checkpoints", "train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +58,9 @@ class TextCollectConfig:
 
     folder: str | None = None
     """Folder for the statistics, which all workers see; None: nothing is measured."""
+    when: When = "in_loop"
+    """"in_loop": between epochs, by the workers of the run; "offline": training only saves its
+    weights there, and they are measured afterwards, spread over checkpoints and shards."""
     every: int = 1
     """Epochs between records, >= 1. The start and the final model are always measured."""
     attacks: tuple[EmbeddingPerturbation, ...] = (EmbeddingPerturbation(),)
@@ -74,16 +73,14 @@ class TextCollectConfig:
     """Texts at a time, >= 1; it changes results by rounding at most."""
     seed: int = 0
     """Of random starts, >= 0."""
+    shards: int = 4
+    """Parts per checkpoint of "offline", >= 1: what can run side by side."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "target", Target)
-        require_at_least(self, 1, "every", "batch_size")
-        require_at_least(self, 0, "seed")
-        if self.folder is not None:
-            perturbation_parameters(self.perturbations)
+        check_collecting(self)
 
     @property
-    def perturbations(self) -> tuple[TextPerturbation, ...]:
+    def perturbations(self) -> tuple[Perturbation, ...]:
         return (*self.attacks, *([IDENTITY] if self.control else []))
 
 
@@ -131,121 +128,39 @@ class TextInstancesConfig:
         require_at_least(self, 0, "seed")
         require_range(self, 0, math.inf, "lr", open_low=True)
         require_range(self, 0, 1, "lr_warmup", open_high=True)
-        require_choice(self, "keep", Keep)
         if self.clip_norm is not None:
             require_range(self, 0, math.inf, "clip_norm", open_low=True)
-        _ = self.treatment  # Its checks are the same.
-
-    @property
-    def treatment(self) -> InstancesConfig:
-        """What is done to which instances: the part of the options that images have as well.
-
-        Raises:
-            ConfigError: the options contradict each other.
-        """
-        return InstancesConfig(
-            seed=self.seed, group=self.group, use=self.use, mitigation=self.mitigation
-        )
+        check_treatment(self)
 
 
-# Statistics.
+def collection_of(config: TextInstancesConfig, context: RunContext) -> Collection:
+    """Return the records of a run on text.
+
+    Raises:
+        ConfigError: no folder is named, or it holds statistics of another run.
+    """
+    start, split = cast(TextStart, context.start), _task(context).splits["train"]
+    # Where and what is measured does not change the run; when decides which record is which.
+    training = dataclasses.replace(config, collect=TextCollectConfig(every=config.collect.every))
+    columns = (split.tokens, split.token_types, split.offsets, split.labels, split.ids)
+    subject = Subject(
+        measure=collect_text,
+        options=config.collect,
+        model=start.model,
+        run=training,
+        content=[content_digest(*columns), start.model, start.config or {}, start.num_classes],
+    )
+    steps = steps_of(config, context)
+    return Collection(subject, context, epochs=config.epochs, num_steps=steps)
 
 
-class TextCollection:
-    """The records of a run on text, measured between its epochs."""
+def collect_checkpoints(config: TextInstancesConfig, context: RunContext) -> None:
+    """Measure the checkpoints that a run with ``collect.when = "offline"`` has saved.
 
-    def __init__(self, config: TextInstancesConfig, context: RunContext, *, num_steps: int) -> None:
-        self._config, self._context, self._num_steps = config, context, num_steps
-        self._split: TextSplit = _task(context).splits["train"]
-        assert config.collect.folder is not None
-        self.folder = StatisticsFolder(config.collect.folder, self._manifest())
-        if context.rank == 0:
-            self.folder.prepare()
-        self._wait()
-
-    def _manifest(self) -> Manifest:
-        config, task = self._config, _task(self._context)
-        start = cast(TextStart, self._context.start)
-        state = start.build().state_dict()
-        # Where and what is measured does not change the run; when decides which record is which.
-        collect = TextCollectConfig(every=config.collect.every)
-        training = dataclasses.replace(config, collect=collect)
-        return Manifest(
-            data=task.name,
-            split="train",
-            num_instances=len(self._split),
-            fingerprint=fingerprint(self._split.ids, self._split.labels),
-            num_classes=task.num_classes,
-            model=start.model,
-            run=config_hash([to_dict(training), state_digest(state), task.digest]),
-            perturbations=perturbation_parameters(config.collect.perturbations),
-            target=config.collect.target,
-            seed=config.collect.seed,
-            dtype=str(next(iter(state.values())).dtype).removeprefix("torch."),
-            code_version=importlib.metadata.version("robustft"),
-        )
-
-    def due(self, epoch: int) -> bool:
-        """Return whether the model after so many epochs is to be measured."""
-        return epoch % self._config.collect.every == 0 or epoch == self._config.epochs
-
-    def visit(self, epoch: int) -> None:
-        """Measure the model after so many epochs; every rank calls it."""
-        context, options = self._context, self._config.collect
-        record = Record(
-            record=-(-epoch // options.every),
-            epoch=epoch,
-            global_step=epoch * self._num_steps,
-            weights=state_digest(context.engine.state()["model"]),
-        )
-        record, missing = self._agree(record)
-        if not missing:
-            return
-        collected = collect_text(
-            cast(TextModel, context.engine.module),
-            self._split,
-            perturbations=options.perturbations,
-            record=record.record,
-            batch_size=options.batch_size,
-            target=options.target,
-            seed=options.seed,
-            device=context.device,
-            rank=context.rank,
-            world_size=context.world_size,
-        )
-        self.folder.write_part(record, context.rank, context.world_size, collected.columns)
-        self._wait()
-        if context.rank == 0:
-            self.folder.finish(record)
-        self._wait()
-
-    def finish(self) -> list[Row]:
-        """Write the summary of the first perturbation and return one row per record of each."""
-        found: list[Row] = []
-        # A split of text has the ids and labels that are compared.
-        statistics = InstanceStatistics(self.folder.path, split=cast(Split, self._split))
-        for number, name in enumerate(statistics.manifest.perturbations):
-            found += [{"perturbation": name, **row} for row in statistics.curve(name)]
-            if number == 0 and self._context.rank == 0:
-                summary = statistics.aggregate(name)
-                write_summary(self.folder.path / "summary.parquet", summary)
-        return found
-
-    def _agree(self, record: Record) -> tuple[Record, bool]:
-        """Return rank 0's record, and whether it is still to be measured."""
-        told = torch.zeros(1 + DIGEST_BYTES, dtype=torch.int64, device=self._context.device)
-        if self._context.rank == 0:
-            told[0] = self.folder.begin(record)
-            told[1:] = torch.tensor(list(bytes.fromhex(record.weights)))
-        missing, *digest = self._context.sum(told).tolist()
-        return dataclasses.replace(record, weights=bytes(digest).hex()), bool(missing)
-
-    def _wait(self) -> None:
-        """Wait for all ranks."""
-        self._context.sum(torch.zeros(1, device=self._context.device))
-
-
-# Training.
+    Raises:
+        ConfigError: there are no checkpoints, or they are of another run.
+    """
+    collection_of(config, context).measure_saved()
 
 
 def train(config: TextInstancesConfig, context: RunContext) -> Result:
@@ -262,14 +177,12 @@ def train(config: TextInstancesConfig, context: RunContext) -> Result:
         DataError: the statistics are incomplete or damaged.
         NonFiniteLossError: training diverged.
     """
-    treatment = config.treatment
-    plan = _plan(treatment, context)
+    chosen = plan(config, context)
     model = cast(TextModel, context.start.build()).to(context.device)
     optimizer = build_optimizer(config.optimizer, model.named_parameters(), lr=config.lr)
     network = context.engine.prepare(model, optimizer)
-    num_steps = -(-len(context.task.splits["train"]) // config.batch_size)
     part = TextLoader(
-        cast(TextSplit, plan.split),
+        cast(TextSplit, chosen.split),
         batch_size=config.batch_size,
         seed=config.seed,
         device=context.device,
@@ -277,67 +190,30 @@ def train(config: TextInstancesConfig, context: RunContext) -> Result:
         rank=context.rank,
         world_size=context.world_size,
     )
-    loader = SteadyTextLoader(cast(Loader, part), num_steps, config=treatment)
-    best, epoch_rows = Best(), list[Row]()
-    saved = context.resume()
-    if saved is not None:
-        context.engine.load_state(saved["engine"])
-        best, epoch_rows = Best.load(saved["best"]), list(saved["epochs"])
-    collection = None
-    if config.collect.folder is not None:
-        collection = TextCollection(config, context, num_steps=num_steps)
-        if saved is None:
-            collection.visit(0)
+    loader = SteadyLoader(part, steps_of(config, context))
+    loss = treated_loss(config.mitigation, context, chosen)
 
-    batch_loss = _batch_loss(treatment, context, plan)
-    for epoch in range(len(epoch_rows), config.epochs):
+    def train_epoch(epoch: int) -> Row:
         network.train()
-        metrics = _run_epoch(config, context, network, loader, batch_loss, epoch=epoch)
-        if epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0:
-            metrics.update(_measure(config, context))
-            score = metrics["val/robust"] if config.keep == "best" else float(epoch)
-            best.offer(score, epoch=epoch + 1, state=context.engine.state)
-        if collection is not None and collection.due(epoch + 1):
-            collection.visit(epoch + 1)
-        epoch_rows.append({"epoch": epoch + 1, **metrics})
-        context.report(
-            metrics,
-            step=epoch + 1,
-            total=config.epochs,
-            checkpoint=lambda: {
-                "engine": context.engine.state(),
-                "best": best.state(),
-                "epochs": list(epoch_rows),
-            },
-        )
-    tables: dict[str, Sequence[Row]] = {"epochs": epoch_rows}
-    if collection is not None:
-        tables["statistics"] = collection.finish()
-    kept = epoch_rows[best.epoch - 1]
-    return Result(
-        state=best.model,
-        metrics={
-            **{name: kept[name] for name in ("val/clean", "val/robust", "val/loss")},
-            "updates": float(config.epochs * num_steps),
-            **plan.notes,
-        },
-        choices={**_choices(treatment, plan, best.epoch), "leaky": _task(context).leaky},
-        tables=tables,
+        return dict(_run_epoch(config, context, network, loader, loss, epoch=epoch))
+
+    result = run(
+        config,
+        context,
+        chosen,
+        collection=collection_of(config, context) if config.collect.folder else None,
+        train_epoch=train_epoch,
+        measure=lambda: _measure(config, context),
     )
-
-
-class SteadyTextLoader(SteadyLoader):
-    """Batches of a part of the texts, as many per epoch as the whole has."""
-
-    def _augment(self, batch: Batch, turn: int) -> Tensor:
-        return batch.inputs
+    choices = {**result.choices, "leaky": _task(context).leaky}
+    return dataclasses.replace(result, choices=choices)
 
 
 def _run_epoch(
     config: TextInstancesConfig,
     context: RunContext,
     network: nn.Module,
-    loader: SteadyTextLoader,
+    loader: SteadyLoader,
     batch_loss: BatchLoss,
     *,
     epoch: int,

@@ -5,6 +5,7 @@ Models", 2020, arXiv 1910.02054. Stage 0 shares nothing, 1 the optimiser's state
 3 also weights. Written against deepspeed 0.19; docs/deepspeed.md says what was tried.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -17,16 +18,28 @@ from torch import Tensor, distributed, nn
 
 from robustft.errors import ConfigError, NonFiniteLossError, ResourceError
 from robustft.methods.adversarial import ATConfig, TradesConfig
+from robustft.methods.instances import InstancesConfig
 from robustft.methods.multinorm_config import MultiNormConfig
+from robustft.methods.natural import NaturalConfig
 from robustft.methods.rift_config import RiftConfig
 from robustft.methods.rose_config import RoseConfig
+from robustft.methods.text_instances import TextInstancesConfig
 from robustft.runtime.zero_shards import WEIGHTS, Shards, Weights, parts_of
 from robustft.training.context import PlainEngine, State
+from robustft.training.engine_options import EngineOptions
 from robustft.training.rose_adamw import RoseAdamW, StepRecord
 
 __all__ = ["DeepSpeedEngine", "require_deepspeed", "why_not"]
 
-IN_PIECES = (ATConfig, TradesConfig, RiftConfig, MultiNormConfig)
+IN_PIECES = (
+    ATConfig,
+    InstancesConfig,
+    MultiNormConfig,
+    NaturalConfig,
+    RiftConfig,
+    TextInstancesConfig,
+    TradesConfig,
+)
 """Methods, besides ROSE, that were seen to train the same at stage 3 as without DeepSpeed."""
 BUCKET = 2**25
 """Most numbers that are reduced at a time; DeepSpeed holds a buffer of so many."""
@@ -55,8 +68,7 @@ def why_not(config: Any, stage: int) -> str | None:
     if stage == WEIGHTS and not isinstance(config, IN_PIECES):
         return (
             "zero_stage = 3 has the weights in pieces outside of the model's forward, where the "
-            "branches of autolora, rft and twins read them; only at, trades, rift, multinorm and "
-            "rose are known to train the same: choose zero_stage = 2"
+            "branches of autolora, rft and twins read them: choose zero_stage = 2"
         )
     return None
 
@@ -99,7 +111,8 @@ class DeepSpeedEngine:
     another engine, stage or number of workers.
 
     At stages 1 to 3 gradients are not in ``parameter.grad``: ``full_grad`` returns them, every rank
-    calls it, and whatever a method does to ``.grad`` (clipping, masks) would go unheard. At stage 3
+    calls it, and whatever a method does to ``.grad`` (masks, clipping in other ways than by
+    ``clip``) would go unheard. At stage 3
     weights are in pieces, too, except inside a forward in train mode; and from ``prepare`` or
     ``module.eval()`` to the next training forward, so that evaluation may make other numbers of
     passes on other workers.
@@ -107,9 +120,10 @@ class DeepSpeedEngine:
     Args:
         device: where this worker computes.
         stage: of ZeRO, 0 to 3.
-        clip_norm: L2 norm to which ``step`` clips the whole gradient at stages 1 to 3, where a
-            method cannot, > 0. None: not clipped. At stage 0 the method clips.
-        options: more of DeepSpeed's ``zero_optimization``, for what ours are not right for.
+        options: precision and the like; None: the defaults.
+        clip_norm: L2 norm to which ``step`` clips the whole gradient at stages 1 to 3 for methods
+            that clip ``parameter.grad`` themselves, > 0; ``clip`` goes before it. None: not.
+        zero_options: more of DeepSpeed's ``zero_optimization``, for what ours are not right for.
 
     Raises:
         ResourceError: deepspeed is not installed.
@@ -124,15 +138,24 @@ class DeepSpeedEngine:
         device: torch.device,
         *,
         stage: int,
+        options: EngineOptions | None = None,
         clip_norm: float | None = None,
-        options: Mapping[str, Any] | None = None,
+        zero_options: Mapping[str, Any] | None = None,
     ) -> None:
         require_deepspeed()
         self._device, self._stage, self._clip_norm = device, stage, clip_norm
-        self._options = dict(options or {})
-        self._plain = PlainEngine()
+        self._zero_options = dict(zero_options or {})
+        self._plain = PlainEngine(options)
         self._deepspeed: Any = None
         self._shards: Shards | None = None
+        self._next_clip: float | None = None
+
+    @property
+    def options(self) -> EngineOptions:
+        return self._plain.options
+
+    def computing(self, *, synchronise: bool = True) -> contextlib.AbstractContextManager[None]:
+        return self._plain.computing()
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
         """Wrap ``model``, unless nothing in it is trained.
@@ -142,7 +165,7 @@ class DeepSpeedEngine:
         """
         if self._deepspeed is not None:
             self._deepspeed.destroy()
-        self._deepspeed = self._shards = None
+        self._deepspeed = self._shards = self._next_clip = None
         self._plain.prepare(model, optimizer)
         if optimizer is None or not any(p.requires_grad for p in model.parameters()):
             return model
@@ -155,7 +178,7 @@ class DeepSpeedEngine:
         vector = _Vector(parameters, self._apply)
         self._deepspeed = self._initialize(model, vector, parameters)
         parts = parts_of(self._deepspeed.optimizer, parameters, shapes, self._stage)
-        self._shards = Shards(optimizer, parts, self._clip_norm)
+        self._shards = Shards(optimizer, parts)
         if self._stage == WEIGHTS:
             weights = Weights(model)
             # Until the first training forward: what a method builds on its model may look at it.
@@ -186,7 +209,7 @@ class DeepSpeedEngine:
             "sub_group_size": 2**62,
             # Off, it also stops DeepSpeed from leaving out steps with a NaN, which would hide it.
             "compute_grad_norm": self._stage not in (1, 2),
-            **self._options,
+            **self._zero_options,
         }
         engine, *_ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=index),
@@ -224,6 +247,23 @@ class DeepSpeedEngine:
         if before is not None:
             torch._foreach_add_(zero.averaged_gradients[0], before)
 
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """Clip as the protocol says; from stage 1 on it is done in ``step``, part by part.
+
+        Raises:
+            ConfigError: from stage 1 on, some trained parameter is not among ``parameters``.
+        """
+        if self._shards is None:
+            self._plain.clip(parameters, max_norm)
+            return
+        trained = {id(value) for value in self.module.parameters() if value.requires_grad}
+        if trained - {id(value) for value in parameters}:
+            raise ConfigError(
+                f"zero_stage = {self._stage} clips the gradient of all trained parameters at once: "
+                "pass all of them, or choose engine = 'ddp'"
+            )
+        self._next_clip = max_norm
+
     def step(self) -> None:
         """Apply one step and clear the gradients.
 
@@ -244,7 +284,9 @@ class DeepSpeedEngine:
 
     def _apply(self, grad: Tensor) -> None:
         assert self._shards is not None
-        self._shards.step(grad)
+        clip_norm = self._clip_norm if self._next_clip is None else self._next_clip
+        self._next_clip = None
+        self._shards.step(grad, clip_norm=clip_norm)
 
     def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the whole gradient of ``parameter``; every rank calls it for the same ones."""
@@ -254,6 +296,12 @@ class DeepSpeedEngine:
 
         grad: Tensor | None = safe_get_full_grad(parameter)
         return grad
+
+    def model_state(self) -> State:
+        """Return the whole state of the model; every rank calls it."""
+        if self._shards is None:
+            return self._plain.model_state()
+        return self._shards.model_state(self.module)
 
     def state(self) -> State:
         """Return the whole state, the optimiser's on the CPU; every rank calls it."""
@@ -326,7 +374,9 @@ class _Network(nn.Module):
                 distributed.broadcast(flat, 0)
                 pieces = torch.split(flat, [buffer.numel() for buffer in buffers])
                 for buffer, piece in zip(buffers, pieces, strict=True):
-                    buffer.copy_(piece.view_as(buffer))
+                    # Unseen by autograd, as under DDP: an earlier forward of this step, whose
+                    # backward is to come, may have saved the buffer (BERT's positions).
+                    buffer.data.copy_(piece.view_as(buffer))
         return self.module(*args, **kwargs)
 
 

@@ -22,7 +22,7 @@ __all__ = ["Clock", "Event", "EventPump", "Sender", "busy"]
 log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""kind ("begin", "metrics", "busy", "end"), stage, run, time, and what the kind needs."""
+"""kind ("begin", "metrics", "busy", "warning", "end"), stage, run, time, what the kind needs."""
 
 Sender = Callable[[Event], None]
 
@@ -56,10 +56,14 @@ class EventPump:
 
     def __init__(self, listeners: list[Callable[[Event], None]], *, interval: float = 0.3) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray = ray
-        # No CPU: it only holds a list. It lives on the driver's node and dies with the driver.
-        self._actor = ray.remote(num_cpus=0)(EventLog).remote()
+        # No CPU: it only holds a list. On the driver's node, since Ray would put it anywhere, and a
+        # lost node would take the events of all others with it.
+        node = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        self._actor = ray.remote(num_cpus=0, scheduling_strategy=here)(EventLog).remote()
         self._listeners = listeners
         self._interval = interval
         self._stop = threading.Event()
@@ -96,6 +100,9 @@ class EventPump:
                 return
 
     def _deliver(self, event: Event) -> None:
+        if event["kind"] == "warning":
+            # What a worker logs stays on its node.
+            log.warning("%s", event["text"])
         for listener in self._listeners:
             listener(event)
 

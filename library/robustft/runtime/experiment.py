@@ -4,19 +4,25 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 from robustft.config import config_hash, from_dict, load_yaml, to_dict
 from robustft.data import TaskConfig
+from robustft.data.storage import is_uri, require_uri
 from robustft.data.text import TextTaskConfig
 from robustft.data.text_sets import TEXT_DATASETS
 from robustft.errors import ConfigError, UnknownNameError
 from robustft.evaluation import EvaluationConfig
 from robustft.evaluation.text_evaluate import TextEvaluationConfig
 from robustft.methods import METHODS
+from robustft.methods.interpolation import InterpolateConfig
+from robustft.methods.natural import NaturalConfig
+from robustft.methods.rift_config import RiftConfig
 from robustft.training.checks import require_choice
+from robustft.training.engine_options import EngineOptions, Precision
 
 __all__ = [
     "Experiment",
@@ -33,6 +39,8 @@ __all__ = [
 
 
 NUM_ZERO_STAGES = 4
+LINE_METRICS = ("val/clean", "val/robust")
+"""What an interpolation measures at every point, and so what a search over it can maximise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +54,9 @@ class StartConfig:
     layout <layout>:<file> (docs/models.md); None: train."""
     method: Any = None
     """How to train the start where no checkpoint is given: a method's config ({name: at, ...})."""
+    before: Any = None
+    """A method's config: trains what ``method`` begins from, in place of fresh weights ({name: at}
+    before {name: multinorm}), on the same data."""
     task: Any = None
     """What ``method`` trains it on, or the checkpoint was trained on, in the form of the
     experiment's own task. None: that task."""
@@ -56,6 +67,11 @@ class StartConfig:
     """Seed of fresh weights, >= 0."""
 
     def __post_init__(self) -> None:
+        if self.before is not None and (self.method is None or self.checkpoint is not None):
+            raise ConfigError(
+                "start.before trains what start.method begins from: give start.method and no "
+                "start.checkpoint, or leave start.before out"
+            )
         if self.task is None:
             return
         if not isinstance(self.task, (TaskConfig, TextTaskConfig)):
@@ -105,10 +121,13 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
-    """Where and how wide it runs."""
+    """Where and how wide it runs, and how its forwards are computed (docs/engines.md)."""
 
     workers: int = 1
     """Processes of a single training run (data parallel), >= 1."""
+    min_workers: int | None = None
+    """Fewest processes a single training run goes on with where nodes come and go, from 1 to
+    ``workers``; the global batch stays the same. None: always ``workers``."""
     workers_per_trial: int = 1
     """Processes of each trial of a search, >= 1; more than 1 runs Ray Train inside each trial."""
     cpus_per_worker: int | None = None
@@ -121,19 +140,33 @@ class RuntimeConfig:
     zero_stage: int = 0
     """With deepspeed: what is shared out among the processes, in place of a copy in each. 0:
     nothing, 1: the optimiser's state, 2: also gradients, 3: also weights."""
+    precision: Precision = "float32"
+    """Of forwards in training and of its attacks: "float32" or "bf16". Weights, optimiser and every
+    evaluation are float32 in any case. Rose has a field of its own."""
+    accumulate: int = 1
+    """Parts that a worker's share of a batch is computed in, to save memory, >= 1."""
+    checkpoint_activations: bool = False
+    """True: blocks of the network keep only their inputs, and are computed again in backward."""
+    compile: bool = False
+    """True: torch.compile compiles the network of a training run."""
+    sync_bn: bool = False
+    """True: BatchNorm in train mode normalises with the global batch. Needs GPUs."""
     autoscaling: bool = False
     """True: the cluster grows on demand, so asking for more than it has now is no error."""
     max_failures: int = 2
     """How often a killed worker or trial is restarted from its checkpoint, >= 0."""
     storage: str | None = None
-    """Folder of all runs. None: $ROBUSTFT_STORAGE, else ./runs (in a Ray job: under
-    $ROBUSTFT_HOME, since the job's folder is temporary)."""
+    """Folder of all runs, or a URI: s3://bucket/prefix, gs://, abfs:// (docs/storage.md; without
+    credentials, which the environment holds). None: $ROBUSTFT_STORAGE, else ./runs (in a Ray job:
+    under $ROBUSTFT_HOME, since the job's folder is temporary)."""
     tracking_uri: str | None = None
     """MLflow address. None: $MLFLOW_TRACKING_URI, else SQLite beside the runs."""
     address: str | None = None
     """Ray address. None: $RAY_ADDRESS, else an embedded Ray in this process tree."""
 
     def __post_init__(self) -> None:
+        if self.storage is not None and is_uri(self.storage):
+            require_uri(self.storage)
         for name in ("workers", "workers_per_trial"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"runtime.{name} = {getattr(self, name)} must be at least 1")
@@ -154,6 +187,32 @@ class RuntimeConfig:
             )
         if self.max_failures < 0:
             raise ConfigError(f"runtime.max_failures = {self.max_failures}: 0 or more")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"runtime.min_workers = {self.min_workers}: from 1 to runtime.workers = "
+                f"{self.workers}"
+            )
+        if self.options.sync_bn and not self.gpus_per_worker:
+            raise ConfigError(
+                "runtime.sync_bn = True: torch synchronises BatchNorm on GPUs only: set "
+                "runtime.gpus_per_worker, or leave it off"
+            )
+
+    @property
+    def worker_range(self) -> int | tuple[int, int]:
+        """Processes of a single run: their number, or the fewest and the most."""
+        return self.workers if self.min_workers is None else (self.min_workers, self.workers)
+
+    @property
+    def options(self) -> EngineOptions:
+        """What the engine of a training run does beside wrapping and stepping."""
+        names = [field.name for field in dataclasses.fields(EngineOptions)]
+        return EngineOptions(**{name: getattr(self, name) for name in names})
+
+    @property
+    def engine_fields(self) -> dict[str, Any]:
+        """The fields of a ``Job`` that say how its model is wrapped and computed."""
+        return {"engine": self.engine, "zero_stage": self.zero_stage, "options": self.options}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,13 +227,19 @@ class Experiment:
     """The model it starts from."""
     method: Any
     """The method's config."""
+    # The command line has options for its fields where a preset gives it, and no subcommands.
+    interpolate: Annotated[InterpolateConfig | None, tyro.conf.AvoidSubcommands] = None
+    """Go back from the method's result towards the start as RiFT does: the cleanest point of the
+    line that stays as robust as the start on "val". In a search, of every trial. None: keep the
+    result."""
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     """What is varied."""
     evaluation: Any = None
     """How start and result are measured on test, once, at the end: EvaluationConfig, for text
     TextEvaluationConfig. None: its defaults."""
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
-    """Where and how wide it runs; it never changes what is computed."""
+    """Where and how wide it runs; but for ``EngineOptions.numerics`` it never changes what is
+    computed."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
@@ -182,6 +247,7 @@ class Experiment:
                 f"name = {self.name!r} must be letters, digits, - and _ (it names a folder)"
             )
         self._check_kinds()
+        self._check_interpolation()
         fixed = METHODS[method_name(self.method)].prepare_fields
         for name in self.search.space:
             _require_field(self.method, name)
@@ -215,10 +281,36 @@ class Experiment:
                 f"holds {kind}: choose other data or another method"
             )
 
+    def _check_interpolation(self) -> None:
+        """Raise ConfigError if ``interpolate`` is asked for where it cannot be had."""
+        if self.interpolate is None:
+            return
+        name = method_name(self.method)
+        own = isinstance(self.method, NaturalConfig) and (
+            self.method.mode == "wise-ft" or "wise-ft" in self.search.space.get("mode", ())
+        )
+        if own or isinstance(self.method, RiftConfig):
+            raise ConfigError(
+                f"interpolate: {name} goes back to the start by itself; leave interpolate out"
+            )
+        if isinstance(self.task, TextTaskConfig):
+            raise ConfigError("interpolate measures images, and the task holds text: leave it out")
+        if self.start.method is None and self.start.checkpoint is None:
+            raise ConfigError(
+                "interpolate goes back to a trained start: give start.method or start.checkpoint"
+            )
+        if self.search.metric not in LINE_METRICS:
+            raise ConfigError(
+                f"search.metric = {self.search.metric!r} is not measured along the interpolation: "
+                f"set it to {' or '.join(LINE_METRICS)}"
+            )
+
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers (so not of where it runs)."""
-        return config_hash({k: v for k, v in experiment_to_dict(self).items() if k != "runtime"})
+        values = {k: v for k, v in experiment_to_dict(self).items() if k != "runtime"}
+        numerics = self.runtime.options.numerics
+        return config_hash({**values, "numerics": numerics} if numerics else values)
 
 
 EVALUATIONS: Mapping[str, type[Any]] = {"images": EvaluationConfig, "text": TextEvaluationConfig}
@@ -300,8 +392,9 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
     values["method"] = _method_from_dict(values["method"], path="method")
     if isinstance(values.get("start"), Mapping):
         start = dict(values["start"])
-        if start.get("method") is not None:
-            start["method"] = _method_from_dict(start["method"], path="start.method")
+        for name in ("method", "before"):
+            if start.get(name) is not None:
+                start[name] = _method_from_dict(start[name], path=f"start.{name}")
         if start.get("task") is not None:
             start["task"] = _task_from_dict(start["task"], path="start.task")
         values["start"] = start
@@ -317,8 +410,9 @@ def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
     """Return what ``experiment_from_dict`` reads."""
     values: dict[str, Any] = to_dict(experiment)
     values["method"] = _method_to_dict(experiment.method)
-    if experiment.start.method is not None:
-        values["start"]["method"] = _method_to_dict(experiment.start.method)
+    for name in ("method", "before"):
+        if getattr(experiment.start, name) is not None:
+            values["start"][name] = _method_to_dict(getattr(experiment.start, name))
     return values
 
 

@@ -8,17 +8,19 @@ workers computed them.
 import hashlib
 import json
 import logging
-import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from robustft.errors import DataError
 from robustft.runtime.events import EventPump, Sender, busy
+from robustft.runtime.jsonfile import replacing
 
-__all__ = ["Fanout", "load_value", "store_value", "value_path"]
+__all__ = ["Fanout", "load_value", "store_value", "stored_value", "value_path"]
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,9 @@ class Fanout:
         paths = [value_path(self._store, name, key, item) for item in work]
         values: dict[int, Any] = {}
         for index, path in enumerate(paths):
-            if path.is_file():
-                values[index] = load_value(path)
+            value = stored_value(path)
+            if value is not None:
+                values[index] = value
         waiting = [index for index in range(len(work)) if index not in values]
         self._progress(name, len(values), len(work))
         if not waiting:
@@ -137,16 +140,34 @@ def store_value(path: Path, value: Mapping[str, Any]) -> None:
     arrays = {name: item for name, item in value.items() if isinstance(item, np.ndarray)}
     scalars = {name: item for name, item in value.items() if name not in arrays}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     order = list(value)
     text = np.frombuffer(json.dumps([order, scalars]).encode(), dtype=np.uint8)
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, __json__=text, **arrays)
-    os.replace(temporary, path)
 
 
 def load_value(path: Path) -> dict[str, Any]:
-    """Read what ``store_value`` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        order, scalars = json.loads(file["__json__"].tobytes().decode())
-        return {name: scalars[name] if name in scalars else file[name] for name in order}
+    """Read what ``store_value`` wrote; the archive's checksums are compared.
+
+    Raises:
+        DataError: nothing whole is there.
+    """
+    try:
+        # Opened here: of a damaged file NumPy would leave its own handle open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            order, scalars = json.loads(file["__json__"].tobytes().decode())
+            return {name: scalars[name] if name in scalars else file[name] for name in order}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{path} holds no finished item ({reason}): delete it") from error
+
+
+def stored_value(path: Path) -> dict[str, Any] | None:
+    """Return a finished item; None if there is none, or a damaged one (logged)."""
+    if not path.is_file():
+        return None
+    try:
+        return load_value(path)
+    except DataError as error:
+        log.warning("%s; it is computed again", error)
+        return None

@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustft.runtime.registry import settle_aliases
 from robustft.runtime.spool import Progress, Record, Spool, mask
+from robustft.runtime.views import note, view_tags
 
 __all__ = ["LOCAL_ID_TAG", "MlflowStore", "clean_key", "sqlite_path"]
 
@@ -40,6 +42,11 @@ _TAG_LENGTH = 8000
 
 _DIGEST_LENGTH = 12
 """MLflow allows 36 digits; the whole digest would fill a column of the runs table."""
+
+_REGISTERED = (
+    "Models of one task, by robustft. The aliases best-clean, best-robust and best-union are "
+    "chosen on the selection split, never on test; the tags of a version say by which value."
+)
 
 # Answers that will be the same tomorrow; every other error means "not now".
 _REFUSALS = {
@@ -167,6 +174,16 @@ class MlflowStore:
             logger.warning("MLflow at %s is a new store; sending everything", mask(self.uri))
             self.progress.offset, self.progress.runs = 0, {}
         self.progress.experiment_id = experiment_id
+        self._show_views(experiment_id, dict(experiment.tags) if experiment is not None else {})
+
+    def _show_views(self, experiment_id: str, tags: Mapping[str, str]) -> None:
+        """Give the experiment its views, and a description that links to them unless it has one."""
+        wanted = view_tags()
+        if "mlflow.note.content" not in tags:
+            wanted["mlflow.note.content"] = note(experiment_id)
+        for key, value in wanted.items():
+            if tags.get(key) != value:
+                self._client.set_experiment_tag(experiment_id, key, value)
 
     def _apply(self, record: Record) -> None:
         kind = record["kind"]
@@ -262,6 +279,8 @@ class MlflowStore:
 
         client, experiment_id = self._client, self.progress.experiment_id
         name, directory = _clean_name(record["name"]), self._existing(record["path"])
+        # Older spools know one name for both.
+        registered = _clean_name(record.get("registered") or name, dots=True)
         tags = {clean_key(key): value for key, value in record["tags"].items()}
         tags[LOCAL_ID_TAG] = record["model"]
         found = client.search_logged_models(
@@ -289,16 +308,18 @@ class MlflowStore:
             # Unlike inputs, MLflow does not accept the same output twice.
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         self._log_metrics(run_id, [{**record, "values": record["metrics"]}], model.model_id)
-        self._register(run_id, model, name, tags, record["alias"])
+        tags |= {clean_key(key): value for key, value in record.get("scores", {}).items()}
+        self._register(run_id, model, registered, tags, record["alias"])
 
     def _register(
         self, run_id: str, model: Any, name: str, tags: Mapping[str, str], alias: str
     ) -> None:
+        """Add a version, unless an earlier attempt has, and move the aliases."""
         from mlflow.exceptions import MlflowException
 
         client = self._client
         try:
-            client.create_registered_model(name)
+            client.create_registered_model(name, description=_REGISTERED)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -319,6 +340,7 @@ class MlflowStore:
         link = json.dumps([{"name": name, "version": str(version.version)}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
         client.set_registered_model_alias(name, alias, str(version.version))
+        settle_aliases(client, name, int(version.version))
 
     def _existing(self, path: str) -> Path:
         full = self._spool.directory / path
@@ -343,9 +365,14 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _clean_name(name: str) -> str:
-    """Return ``name`` as a logged model, a registered model and a folder may be called."""
-    return re.sub(r"[^\w\- ]", "-", name) or "model"
+def _clean_name(name: str, *, dots: bool = False) -> str:
+    """Return ``name`` as a logged model and a folder may be called.
+
+    Args:
+        name: any text.
+        dots: keep them, as the names of registered models may.
+    """
+    return re.sub(r"[^\w\-. ]" if dots else r"[^\w\- ]", "-", name) or "model"
 
 
 def _plottable(value: float | str) -> float:

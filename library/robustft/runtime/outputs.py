@@ -147,6 +147,7 @@ def start_cache(experiment: Experiment, task: AnyTask) -> Path:
         "version": importlib.metadata.version("robustft"),
         # Gradients of data-parallel workers are summed in another order.
         "workers": experiment.runtime.workers,
+        **experiment.runtime.options.numerics,
     }
     return home() / "starts" / config_hash(identity, length=20)
 

@@ -34,13 +34,21 @@ from robustft.methods.criticality import eligible_layers
 from robustft.methods.rift import RiftConfig, choose_modules
 from robustft.models import weight_layers
 from robustft.runtime.deepspeed_engine import require_deepspeed, why_not
-from robustft.runtime.experiment import Experiment, method_name, with_values
+from robustft.runtime.engines import why_not_options
+from robustft.runtime.experiment import (
+    Experiment,
+    experiment_to_dict,
+    method_name,
+    with_values,
+)
+from robustft.runtime.mirror import run_store
 from robustft.runtime.search import require_algorithm
-from robustft.runtime.session import Session, connect, ray_address, storage_root
+from robustft.runtime.session import Session, connect, ray_address, storage_place, storage_root
 from robustft.runtime.spool import mask
 from robustft.runtime.starts import fit_to_task, gets_new_head, load_or_fresh, start_task
 from robustft.runtime.text_runs import AnyTask, classify_once, load_any_task, radii, units
 from robustft.runtime.tracking import default_uri
+from robustft.training.engine_options import EngineOptions
 
 __all__ = ["Finding", "refuse", "require_workers", "validate"]
 
@@ -83,6 +91,7 @@ def validate(experiment: Experiment) -> list[Finding]:
         What was found, errors first; empty if nothing was.
     """
     checks = (
+        _check_secrets,
         _check_engine,
         _check_content,
         _check_threats,
@@ -109,6 +118,7 @@ def refuse(experiment: Experiment, task: AnyTask, trained_on: AnyTask, folder: P
         RobustftError: with one sentence that names the remedy.
     """
     checks = (
+        partial(_check_secrets, experiment),
         partial(_check_engine, experiment),
         partial(_check_model, experiment, task, trained_on),
         partial(_check_shared_images, experiment, task, trained_on),
@@ -132,7 +142,8 @@ def require_workers(session: Session, experiment: Experiment) -> None:
         ResourceError: naming what is asked, what there is, and what to change.
     """
     runtime = experiment.runtime
-    wanted = {runtime.workers, runtime.workers_per_trial if experiment.search.space else 1}
+    fewest = runtime.min_workers or runtime.workers
+    wanted = {fewest, runtime.workers_per_trial if experiment.search.space else 1}
     for workers in sorted(wanted):
         session.require(
             workers,
@@ -150,10 +161,46 @@ def _caught(check: Callable[[], Findings]) -> Findings:
         yield Finding("error", str(error))
 
 
+def _check_secrets(experiment: Experiment) -> Findings:
+    """Refuse passwords in addresses: the configuration is stored, shown and logged as it is."""
+    for name, text in _texts(experiment_to_dict(experiment)):
+        if mask(text) != text:
+            raise ConfigError(
+                f"{name} holds a password, which the run's folder and MLflow would keep: leave it "
+                "out of the address and set it in the environment (for MLflow: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+    yield from ()
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, text) for every text in nested mappings and lists."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _texts(value, name)
+
+
 def _check_engine(experiment: Experiment) -> Findings:
-    """Look whether DeepSpeed is there and can train every method that is asked for."""
+    """Look whether the engine is there and can train every method that is asked for."""
     runtime = experiment.runtime
-    if runtime.engine != "deepspeed":
+    if runtime.engine != "deepspeed" and runtime.options == EngineOptions():
+        return
+    own, start = experiment.method, experiment.start
+    methods = [own, *(with_values(own, {name: value}) for name, value in _searched(experiment))]
+    methods += [method for method in (start.method, start.before) if method is not None]
+    deepspeed = runtime.engine == "deepspeed"
+    for method in methods:
+        reason = why_not_options(
+            method, runtime.options, deepspeed=deepspeed, zero_stage=runtime.zero_stage
+        )
+        if reason:
+            raise ConfigError(reason)
+    if not deepspeed:
         return
     require_deepspeed()
     if max(runtime.workers, runtime.workers_per_trial) == 1:
@@ -161,9 +208,7 @@ def _check_engine(experiment: Experiment) -> Findings:
             "runtime.engine = 'deepspeed' with one process has nobody to share with: raise "
             "runtime.workers (in a search: workers_per_trial), or leave engine at 'auto'"
         )
-    own, start = experiment.method, experiment.start.method
-    methods = [own, *(with_values(own, {name: value}) for name, value in _searched(experiment))]
-    for method in [*methods, *([] if start is None else [start])]:
+    for method in methods:
         reason = why_not(method, runtime.zero_stage)
         if reason:
             raise ConfigError(reason)
@@ -318,6 +363,9 @@ def _check_storage(experiment: Experiment) -> Findings:
 
 def _check_folders(experiment: Experiment, storage: Path) -> Findings:
     yield from _check_folder(storage, "runs", "runtime.storage")
+    store = run_store(storage_place(experiment.runtime))
+    if store is not None:
+        store.require_writable()
     if experiment.start.checkpoint is None and experiment.start.method is not None:
         yield from _check_folder(home(), "trained starting models", "ROBUSTFT_HOME")
 

@@ -56,6 +56,8 @@ class ProgressLines:
             self._say(f"{event['stage']}: {event['text']}")
         elif kind in ("metrics", "items"):
             self._step(event)
+        elif kind == "waiting":
+            self._say(event["text"])
         elif kind == "begin":
             self._say(f"{event['stage']}: started {event['run']}")
         elif kind == "end":

@@ -1,6 +1,7 @@
 """A run's folder, how a run ends, and the sentence that says how to go on with it."""
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robustft.data.home import home
+from robustft.data.storage import is_uri
 from robustft.errors import ResourceError, RunError
+from robustft.models.backbones import split_reference
 from robustft.runtime import outputs
 from robustft.runtime.experiment import Experiment, dump_yaml, experiment_to_dict
-from robustft.runtime.jsonfile import write_json
+from robustft.runtime.jsonfile import replacing, write_json
+from robustft.runtime.mirror import Mirror, run_store
+from robustft.runtime.session import storage_place
 
-__all__ = ["resumable"]
+__all__ = ["resumable", "run_address", "with_absolute_paths"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,8 @@ def resumable(
         directory = storage / experiment.name / f"{stamp}-{experiment.fingerprint[:6]}"
     else:
         directory = Path(run_dir).resolve()
-    how = how or f"continue with: robustft resume {shlex.quote(str(directory))}"
+    where = run_address(experiment, directory)
+    how = how or f"continue with: robustft resume {shlex.quote(where)}"
     try:
         with _terminable():
             _describe(directory, storage, experiment)
@@ -49,6 +55,28 @@ def resumable(
         if explained is error:
             raise
         raise explained from error
+
+
+def run_address(experiment: Experiment, directory: Path) -> str:
+    """Return what ``robustft resume`` takes for a run: its folder, or where it is published."""
+    store = run_store(storage_place(experiment.runtime))
+    return str(Mirror(store, directory).address)
+
+
+def with_absolute_paths(experiment: Experiment, where: Path) -> Experiment:
+    """Return ``experiment`` with relative paths taken from the folder where it was started."""
+    task, start = experiment.task, experiment.start
+    if task.root is not None:
+        task = dataclasses.replace(task, root=str(where / task.root))
+    if start.task is not None and start.task.root is not None:
+        own = dataclasses.replace(start.task, root=str(where / start.task.root))
+        start = dataclasses.replace(start, task=own)
+    if start.checkpoint is not None:
+        layout, file = split_reference(start.checkpoint)
+        if (where / file).exists():
+            prefix = "" if layout is None else f"{layout}:"
+            start = dataclasses.replace(start, checkpoint=f"{prefix}{where / file}")
+    return dataclasses.replace(experiment, task=task, start=start)
 
 
 def _explained(error: Exception, directory: Path, how: str) -> Exception:
@@ -72,9 +100,11 @@ def _explained(error: Exception, directory: Path, how: str) -> Exception:
 
 def _describe(directory: Path, storage: Path, experiment: Experiment) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    place = storage_place(experiment.runtime) or ""
     values = experiment_to_dict(experiment)
     if not (directory / "config.yaml").is_file():
-        (directory / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
+        with replacing(directory / "config.yaml") as temporary:
+            temporary.write_text(dump_yaml(values), encoding="utf-8")
     if not (directory / "run.json").is_file():
         write_json(
             directory / "run.json",
@@ -83,7 +113,7 @@ def _describe(directory: Path, storage: Path, experiment: Experiment) -> None:
                 "experiment": values,
                 "fingerprint": experiment.fingerprint,
                 "working_directory": str(Path.cwd()),
-                "storage": str(storage),
+                "storage": place if is_uri(place) else str(storage),
                 "command": outputs.command_line(sys.argv),
                 **outputs.provenance(),
             },

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
+from robustft.data.storage import is_uri
 from robustft.errors import ConfigError
 from robustft.evaluation import Evaluation
 from robustft.evaluation.report import ReportData
 from robustft.methods import METHODS, Result
 from robustft.methods.base import Row
 from robustft.models import save_model
-from robustft.models.backbones import split_reference
 from robustft.models.text import TextStart, save_text_model
 from robustft.runtime import outputs, recording
+from robustft.runtime.autoscaling import watching
 from robustft.runtime.events import Clock, EventPump
 from robustft.runtime.experiment import (
     Experiment,
@@ -31,12 +32,19 @@ from robustft.runtime.experiment import (
     method_name,
 )
 from robustft.runtime.fanout import Fanout
+from robustft.runtime.mirror import Mirror, reopen, run_store
 from robustft.runtime.preflight import refuse, require_workers
 from robustft.runtime.progress import ProgressLines
-from robustft.runtime.results import has_result, load_result, save_result
-from robustft.runtime.resumable import resumable
+from robustft.runtime.results import save_result, stored_result
+from robustft.runtime.resumable import resumable, with_absolute_paths
 from robustft.runtime.search import Trial, choose, search
-from robustft.runtime.session import Session, connect, set_environment, storage_root
+from robustft.runtime.session import (
+    Session,
+    connect,
+    set_environment,
+    storage_place,
+    storage_root,
+)
 from robustft.runtime.starts import fit_to_task, load_or_fresh, start_task
 from robustft.runtime.stored_runs import save_strips
 from robustft.runtime.text_runs import (
@@ -91,6 +99,7 @@ class Running:
     task: AnyTask
     task_ref: Any
     start_task: AnyTask
+    mirror: Mirror
 
     @property
     def gpu(self) -> bool:
@@ -156,12 +165,14 @@ def run(
         runtime = dataclasses.replace(runtime, address=address)
         experiment = dataclasses.replace(experiment, runtime=runtime)
     set_environment(runtime)
-    storage = storage_root(runtime)
+    storage, store = storage_root(runtime), run_store(storage_place(runtime))
     clock = Clock(time.time() if began is None else began)
     with clock.stage("start-up"):
         tasks = _load_tasks(experiment)
         refuse(experiment, *tasks, storage if run_dir is None else Path(run_dir))
     with resumable(run_dir, storage, experiment) as directory:
+        mirror = Mirror(store, directory)
+        mirror.catch_up()
         clock.keep(directory / "seconds.json")
         tracker = Tracker(
             directory,
@@ -170,31 +181,35 @@ def run(
             tracking_uri=runtime.tracking_uri,
         )
         with contextlib.ExitStack() as stack:
+            # After the tracker has closed its records.
+            stack.callback(mirror.publish)
             stack.callback(tracker.close)
             parent = recording.start_parent(tracker, experiment, directory)
             # Until something says otherwise, a run that ends has failed.
             status = ["FAILED"]
             stack.callback(lambda: tracker.finish_run(parent, status[0]))  # type: ignore[arg-type]
             try:
-                report = _run(experiment, directory, tasks, tracker, parent, clock, stack)
+                report = _run(experiment, mirror, tasks, tracker, parent, clock, stack)
             except KeyboardInterrupt:
                 status[0] = "KILLED"
                 # Said at once, since whoever interrupts may also kill what has to be stopped.
-                log.info("stopping the workers; robustft resume %s will go on", directory)
+                log.info("stopping the workers; robustft resume %s will go on", mirror.address)
                 raise
             finally:
                 clock.save()
             status[0] = "FINISHED"
+        mirror.require_published()
         return report
 
 
 def resume(run_dir: str | Path) -> Report:
-    """Continue the run in ``run_dir``.
+    """Continue the run in ``run_dir``: its folder, or the URI at which it is published.
 
     Raises:
         ConfigError: no run lies there.
+        DataError: nothing is published at that URI, or it is damaged.
     """
-    directory = Path(run_dir).resolve()
+    directory, root = reopen(str(run_dir)) if is_uri(run_dir) else (Path(run_dir).resolve(), None)
     try:
         record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -203,12 +218,12 @@ def resume(run_dir: str | Path) -> Report:
         ) from error
     experiment = experiment_from_dict(record["experiment"])
     where = Path(record["working_directory"])
-    storage = record.get("storage")
-    if storage is not None and Path(storage).is_dir():
-        # Wherever it is resumed: its records go on in the same local store.
+    storage = root or record.get("storage")
+    if storage is not None and (is_uri(storage) or Path(storage).is_dir()):
+        # Wherever it is resumed: its records go on in the same store.
         runtime = dataclasses.replace(experiment.runtime, storage=storage)
         experiment = dataclasses.replace(experiment, runtime=runtime)
-    return run(_absolute(experiment, where), run_dir=directory)
+    return run(with_absolute_paths(experiment, where), run_dir=directory)
 
 
 def rank_layers(experiment: Experiment, *, address: str | None = None) -> list[Row]:
@@ -253,7 +268,8 @@ def _partial(experiment: Experiment, address: str | None, then: Any) -> None:
         stack.callback(tracker.close)
         parent = recording.start_parent(tracker, experiment, directory)
         clock = Clock(time.time())
-        running = _open(experiment, directory, tasks, tracker, parent, clock, stack)
+        mirror = Mirror(run_store(storage_place(runtime)), directory)
+        running = _open(experiment, mirror, tasks, tracker, parent, clock, stack)
         start, _ = _start(running)
         then(running, start)
         tracker.finish_run(parent)
@@ -267,19 +283,24 @@ def _load_tasks(experiment: Experiment) -> tuple[AnyTask, AnyTask]:
 
 def _run(
     experiment: Experiment,
-    directory: Path,
+    mirror: Mirror,
     tasks: tuple[AnyTask, AnyTask],
     tracker: Tracker,
     parent: str,
     clock: Clock,
     stack: contextlib.ExitStack,
 ) -> Report:
-    running = _open(experiment, directory, tasks, tracker, parent, clock, stack)
+    directory = mirror.directory
+    running = _open(experiment, mirror, tasks, tracker, parent, clock, stack)
+    mirror.publish()
     start, start_result = _start(running)
+    mirror.publish()
     trials = _method(running, start)
+    mirror.publish()
     chosen = choose(trials, experiment.search.metric)
     before, after = _evaluate(running, start, chosen)
     running.pump.sync()
+    mirror.publish()
     model_dir = _save_model(running, start, chosen, after)
     found = outputs.Found(
         task=running.task,
@@ -308,7 +329,7 @@ def _run(
 
 def _open(
     experiment: Experiment,
-    directory: Path,
+    mirror: Mirror,
     tasks: tuple[AnyTask, AnyTask],
     tracker: Tracker,
     parent: str,
@@ -325,11 +346,15 @@ def _open(
         stack.callback(progress.close)
         pump = EventPump([clock, progress, recording.TrackingListener(tracker, parent)])
         stack.callback(pump.close)
+        if experiment.runtime.autoscaling and not session.embedded:
+            stack.enter_context(
+                watching(ray, lambda text: pump.local({"kind": "waiting", "text": text}))
+            )
     task, trained_on = tasks
     recording.log_data(tracker, parent, experiment, task, trained_on)
     return Running(
         experiment=experiment,
-        directory=directory,
+        directory=mirror.directory,
         session=session,
         pump=pump,
         tracker=tracker,
@@ -338,6 +363,7 @@ def _open(
         task=task,
         task_ref=ray.put(task),
         start_task=trained_on,
+        mirror=mirror,
     )
 
 
@@ -355,22 +381,31 @@ def _start(running: Running) -> tuple[AnyStart, Result | None]:
 
 
 def _trained_start(running: Running, fresh: AnyStart) -> tuple[AnyStart, Result]:
-    """Train the starting model, or take it from the cache."""
+    """Train the starting model by one method or by two in turn, or take it from the cache."""
     config, task = running.experiment.start, running.start_task
-    name = method_name(config.method)
-    cache = outputs.start_cache(running.experiment, task)
-    cached = has_result(cache)
-    with running.clock.stage(f"start ({name})"):
-        if cached:
-            running.say("start", f"{config.model} trained by {name} is cached in {cache}")
-            result = load_result(cache)
-        else:
-            running.say("start", f"training {config.model} by {name}")
-            result = _train(running, config.method, fresh, task, stage=f"start-{name}")
-            save_result(result, cache)
-    recording.log_stage(running.tracker, running.parent, f"start-{name}", result, curves=cached)
-    source = f"{config.model} trained by {name} on {task.name}"
-    return dataclasses.replace(fresh, state=result.state, source=source), result
+    start, names, keys = fresh, list[str](), list[str]()
+    for method in filter(None, (config.before, config.method)):
+        alone = dataclasses.replace(config, method=method, before=None)
+        cache = outputs.start_cache(dataclasses.replace(running.experiment, start=alone), task)
+        names.append(method_name(method))
+        # What a model has been before is part of what it is.
+        keys.append(cache.name)
+        cache, name, stage = cache.with_name("-".join(keys)), names[-1], "-".join(["start", *names])
+        running.mirror.fetch_start(cache)
+        kept = stored_result(cache)
+        with running.clock.stage(f"start ({name})"):
+            if kept is not None:
+                running.say("start", f"{config.model} trained by {name} is cached in {cache}")
+                result = kept
+            else:
+                running.say("start", f"training {config.model} by {name}")
+                result = _train(running, method, start, task, stage=stage)
+                save_result(result, cache)
+                running.mirror.publish_start(cache)
+        recording.log_stage(running.tracker, running.parent, stage, result, curves=kept is not None)
+        source = f"{config.model} trained by {', then '.join(names)} on {task.name}"
+        start = dataclasses.replace(fresh, state=result.state, source=source)
+    return start, result
 
 
 def _train(
@@ -386,8 +421,9 @@ def _train(
     import ray
 
     folder = running.directory / "stages" / stage
-    if has_result(folder):
-        return load_result(folder)
+    kept = stored_result(folder)
+    if kept is not None:
+        return kept
     runtime = running.experiment.runtime
     cpus = running.cpus(runtime.workers, trial=False)
     shared = ray.put(prepared) if prepared else None
@@ -398,7 +434,8 @@ def _train(
         job,
         name=stage,
         storage=running.directory / "train",
-        workers=runtime.workers,
+        store=running.mirror.inside("train"),
+        workers=runtime.worker_range,
         cpus=cpus,
         gpus=runtime.gpus_per_worker,
         max_failures=runtime.max_failures,
@@ -420,8 +457,11 @@ def _job(running: Running, config: Any, start: Any, prepared: Any, *, stage: str
         threads=cpus,
         gpu=running.gpu,
         send=running.pump.sender,
-        engine=running.experiment.runtime.engine,
-        zero_stage=running.experiment.runtime.zero_stage,
+        # Of the method's result: a start is trained from nothing that it could go back to.
+        interpolate=(
+            running.experiment.interpolate if config is running.experiment.method else None
+        ),
+        **running.experiment.runtime.engine_fields,
     )
 
 
@@ -483,6 +523,7 @@ def _method(running: Running, start: AnyStart) -> list[Trial]:
             experiment.runtime,
             running.session,
             directory=running.directory / "search",
+            store=running.mirror.inside("search"),
             cpus=cpus,
         )
         running.pump.sync()
@@ -556,19 +597,3 @@ def _save_model(
     else:
         save_model(directory, start=start, state=result.state, card=card)
     return directory
-
-
-def _absolute(experiment: Experiment, where: Path) -> Experiment:
-    """Return ``experiment`` with relative paths taken from the folder where it was started."""
-    task, start = experiment.task, experiment.start
-    if task.root is not None:
-        task = dataclasses.replace(task, root=str(where / task.root))
-    if start.task is not None and start.task.root is not None:
-        own = dataclasses.replace(start.task, root=str(where / start.task.root))
-        start = dataclasses.replace(start, task=own)
-    if start.checkpoint is not None:
-        layout, file = split_reference(start.checkpoint)
-        if (where / file).exists():
-            prefix = "" if layout is None else f"{layout}:"
-            start = dataclasses.replace(start, checkpoint=f"{prefix}{where / file}")
-    return dataclasses.replace(experiment, task=task, start=start)

@@ -7,23 +7,28 @@ see what the inner runs hold.
 """
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from robustft.config import config_hash
+from robustft.data.storage import Store
 from robustft.errors import ConfigError, RobustftError, RunError, UnknownNameError
 from robustft.methods import METHODS, Result
 from robustft.runtime.experiment import RuntimeConfig, SearchConfig, with_values
 from robustft.runtime.jsonfile import write_json
-from robustft.runtime.results import has_result, load_result, save_result
-from robustft.runtime.session import Session
+from robustft.runtime.mirror import checkpoint_folder, ray_storage
+from robustft.runtime.results import has_result, load_result, save_result, stored_result
+from robustft.runtime.session import Session, set_patience
 from robustft.runtime.trainer import Job, WorkerContext, fetched, run_job, train
 
 __all__ = ["Trial", "search", "trial_label"]
@@ -94,6 +99,7 @@ def search(
     *,
     directory: Path,
     cpus: int,
+    store: Store | None = None,
 ) -> list[Trial]:
     """Run every trial, or those that ``directory`` does not hold as finished yet.
 
@@ -104,18 +110,26 @@ def search(
         session: the cluster.
         directory: Tune's folder of this search; an interrupted one is continued.
         cpus: of each worker of a trial.
+        store: where Tune's folder lies instead, if that is in object storage.
 
     Raises:
-        RunError: the search was interrupted, or every trial failed.
+        RunError: the search was interrupted, or the disk was full.
     """
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
     workers = runtime.workers_per_trial
     at_a_time = config.max_concurrent or _concurrency(session, workers, cpus, runtime)
-    settings = {"storage": str(directory / "train"), "cpus": cpus, "runtime": runtime}
+    # A trial tracks nothing itself: the address, which may hold a password, stays here.
+    inner = dataclasses.replace(runtime, tracking_uri=None)
+    settings = {
+        "storage": str(directory / "train"),
+        "store": None if store is None else store.inside("train"),
+        "cpus": cpus,
+        "runtime": inner,
+    }
     path = directory / "tune"
-    going_on = _can_continue(path, tune)
+    going_on = _can_continue(path, tune) if store is None else _is_stored(store, path.name, tune)
     finished = {} if going_on else _finished(directory)
     if workers == 1:
         trainable = tune.with_parameters(run_trial, job=job, finished=finished)
@@ -127,7 +141,12 @@ def search(
     trainable = tune.with_resources(trainable, resources)
     if going_on:
         log.info("continuing the search in %s", path)
-        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_errored=True)
+        tuner = tune.Tuner.restore(
+            str(path) if store is None else store.inside(path.name).path,
+            trainable=trainable,
+            resume_errored=True,
+            storage_filesystem=None if store is None else store.filesystem,
+        )
     else:
         tuner = tune.Tuner(
             trainable,
@@ -141,9 +160,10 @@ def search(
             ),
             run_config=tune.RunConfig(
                 name=path.name,
-                storage_path=str(path.parent),
+                **ray_storage(path.parent, store),
                 failure_config=tune.FailureConfig(max_failures=runtime.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                # The one before the newest, should that be damaged.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
                 # Every report of every trial, so that one without a result still has its cost.
                 callbacks=[JsonLoggerCallback()],
                 verbose=0,
@@ -156,14 +176,27 @@ def search(
         (one.run_metadata.start_time or math.inf, _trial(found, one.config, job.method, config))
         for found, one in zip(grid, known, strict=True)
     ]
+    _require_room([trial for _, trial in trials])
     return [trial for _, trial in sorted(trials, key=lambda pair: _place(config, *pair))]
+
+
+def _require_room(trials: Sequence[Trial]) -> None:
+    """Refuse to choose among trials of which some had no room to say what they found.
+
+    Raises:
+        RunError: the disk was full; a resumed search runs those trials again.
+    """
+    for trial in trials:
+        if any(os.strerror(code) in trial.error for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise RunError(f"trial {trial.label} failed: {trial.error}")
 
 
 def _can_continue(path: Path, tune: Any) -> bool:
     """Return whether Tune's folder holds a search to go on with; one that is damaged is set aside.
 
     Tune overwrites its state in place, so that a full disk or a kill at that moment leaves half of
-    it; restored from that, it would run one trial without values.
+    it; restored from that, it would run one trial without values. A finished trial whose result is
+    damaged would not run again either.
     """
     if not tune.Tuner.can_restore(str(path)):
         return False
@@ -171,13 +204,34 @@ def _can_continue(path: Path, tune: Any) -> bool:
     try:
         json.loads(states[-1].read_text(encoding="utf-8") if states else "")
     except ValueError:
-        aside = path.with_name(f"{path.name}-damaged-{time.time_ns()}")
-        log.warning(
-            "the state of the search is damaged: trials that are not finished start again; see %s",
-            aside,
-        )
-        path.rename(aside)
+        what = "the state of the search is damaged"
+    else:
+        ended = [record.parent for record in path.glob("*/checkpoint_*/result.json")]
+        if all(stored_result(folder) is not None for folder in ended):
+            return True
+        what = "a finished trial of the search is damaged"
+    aside = path.with_name(f"{path.name}-damaged-{time.time_ns()}")
+    log.warning("%s: trials that are not finished start again; see %s", what, aside)
+    path.rename(aside)
+    return False
+
+
+def _is_stored(store: Store, name: str, tune: Any) -> bool:
+    """Return whether a search to go on with lies in object storage, where nothing is half written.
+
+    Raises:
+        RunError: its state is damaged.
+    """
+    folder = store.inside(name)
+    if not tune.Tuner.can_restore(folder.path, storage_filesystem=folder.filesystem):
         return False
+    try:
+        json.loads(folder.newest("experiment_state-*.json") or b"")
+    except ValueError as error:
+        raise RunError(
+            f"the state of the search in {folder.uri} is damaged: restore the earlier version of "
+            "its experiment_state, or delete that folder to start the trials again"
+        ) from error
     return True
 
 
@@ -185,7 +239,7 @@ def _finished(directory: Path) -> dict[str, str]:
     """Return hash of a trial's values -> its result, of searches that were set aside as damaged."""
     found = {}
     for record in sorted(directory.glob("tune-damaged-*/*/checkpoint_*/trial.json")):
-        if has_result(record.parent):
+        if stored_result(record.parent) is not None:
             values = json.loads(record.read_text(encoding="utf-8"))["values"]
             found[config_hash(values)] = str(record.parent)
     return found
@@ -277,16 +331,18 @@ def run_trial(values: Mapping[str, Any], job: Job, finished: Mapping[str, str]) 
 
     def run(own: Job) -> Result:
         own = fetched(own)
-        return run_job(own, WorkerContext(own, save=save, restore=_tune_checkpoint))
+        with tempfile.TemporaryDirectory(prefix="robustft-") as scratch:
+            restore = partial(_tune_checkpoint, Path(scratch))
+            return run_job(own, WorkerContext(own, save=save, restore=restore))
 
     _guarded(values, job, finished, run)
 
 
-def _tune_checkpoint() -> Path | None:
+def _tune_checkpoint(scratch: Path) -> Path | None:
     from ray import tune
 
     checkpoint = tune.get_checkpoint()
-    return Path(checkpoint.path) if checkpoint else None
+    return checkpoint_folder(checkpoint, scratch) if checkpoint else None
 
 
 def drive_trial(
@@ -297,6 +353,7 @@ def drive_trial(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     runtime: RuntimeConfig = settings["runtime"]
+    set_patience(runtime)
     name = f"trial-{tune.get_context().get_trial_id()}"
 
     def run(own: Job) -> Result:
@@ -304,6 +361,7 @@ def drive_trial(
             own,
             name=name,
             storage=Path(settings["storage"]),
+            store=settings["store"],
             workers=runtime.workers_per_trial,
             cpus=settings["cpus"],
             gpus=runtime.gpus_per_worker,
@@ -325,9 +383,10 @@ def _guarded(
     """
     from ray import tune
 
-    earlier = _tune_checkpoint()
-    if earlier is not None and has_result(earlier):
-        return  # killed between its last report and its end
+    with tempfile.TemporaryDirectory(prefix="robustft-") as scratch:
+        earlier = _tune_checkpoint(Path(scratch))
+        if earlier is not None and has_result(earlier):
+            return  # killed between its last report and its end
     kept = finished.get(config_hash(values))
     if kept is not None:
         metrics = dict(load_result(Path(kept)).metrics)

@@ -19,7 +19,9 @@ from typing import Any
 
 import robustft
 from robustft.data.home import home
+from robustft.data.storage import is_uri, local_path, working_folder
 from robustft.errors import ResourceError
+from robustft.runtime.autoscaling import Fleet, find_fleet
 from robustft.runtime.experiment import RuntimeConfig
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "in_ray_job",
     "ray_address",
     "set_environment",
+    "set_patience",
     "source_root",
+    "storage_place",
     "storage_root",
 ]
 
@@ -52,6 +56,11 @@ ENVIRONMENT = {
     # Ctrl-C ends a search at once, as everywhere else; what is finished is on disk already.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+GROWING_ENVIRONMENT = {
+    # A new machine works after minutes. Ray Train would give up on it after 60 seconds, and on the
+    # run after a few such times.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+}
 ANSWER_SECONDS = 10.0
 """How long a cluster may take to accept a connection."""
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -73,33 +82,60 @@ class Session:
         embedded: True if this process started the Ray that it uses.
         num_cpus, num_gpus: of the whole cluster when the session began.
         largest_node_cpus: CPUs of the largest node: the most that one worker can have.
+        fleet: what an autoscaler may make of the cluster; None where there is none or no telling.
     """
 
     embedded: bool
     num_cpus: int
     num_gpus: float
     largest_node_cpus: int
+    fleet: Fleet | None = None
 
     def require(self, workers: int, *, cpus: int, gpus: float, growing: bool) -> None:
         """Refuse what the cluster can never offer; Ray itself would wait for ever.
 
+        Args:
+            workers: how many have to run at the same time.
+            cpus, gpus: of each.
+            growing: the cluster may be too small now, if its autoscaler can make it large enough.
+                An embedded Ray never grows.
+
         Raises:
             ResourceError: naming what is asked, what there is, and what to change.
         """
-        if growing:
+        if growing and not self.embedded:
+            self._require_fleet(workers, cpus=cpus, gpus=gpus)
             return
+        larger = (
+            "name a larger cluster in RAY_ADDRESS"
+            if self.embedded
+            else "set runtime.autoscaling if it will grow"
+        )
         if workers * cpus > self.num_cpus or cpus > self.largest_node_cpus:
             raise ResourceError(
                 f"the run asks for {workers} workers with {cpus} CPUs each and the cluster has "
                 f"{self.num_cpus} CPUs (at most {self.largest_node_cpus} on a node): lower the "
-                "workers or runtime.cpus_per_worker, or set runtime.autoscaling if it will grow"
+                f"workers or runtime.cpus_per_worker, or {larger}"
             )
         if workers * gpus > self.num_gpus:
             raise ResourceError(
                 f"the run asks for {workers} workers with {gpus:g} GPUs each and the cluster has "
-                f"{self.num_gpus:g} GPUs: lower the workers or runtime.gpus_per_worker, "
-                "or set runtime.autoscaling if it will grow"
+                f"{self.num_gpus:g} GPUs: lower the workers or runtime.gpus_per_worker, or {larger}"
             )
+
+    def _require_fleet(self, workers: int, *, cpus: int, gpus: float) -> None:
+        if self.fleet is None:
+            return
+        most = self.fleet.holds(cpus=cpus, gpus=gpus)
+        if workers <= most:
+            return
+        asked = f"{workers} workers with {cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        fit = "none of them fits on any node" if not most else f"only {most} of them fit"
+        raise ResourceError(
+            f"the run asks for {asked} each, and {fit} of the largest cluster that the autoscaler "
+            f"may make ({self.fleet}): lower the workers, runtime.cpus_per_worker or "
+            "runtime.gpus_per_worker, or give the autoscaler other node types or more nodes"
+        )
 
 
 def in_ray_job() -> bool:
@@ -107,9 +143,17 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def storage_place(runtime: RuntimeConfig) -> str | None:
+    """Return the path or URI that was given for all runs; None: the default."""
+    return runtime.storage or os.environ.get("ROBUSTFT_STORAGE")
+
+
 def storage_root(runtime: RuntimeConfig) -> Path:
-    """Return the folder of all runs: ``runtime.storage``, $ROBUSTFT_STORAGE, or a default."""
-    configured = runtime.storage or os.environ.get("ROBUSTFT_STORAGE")
+    """Return the local folder of all runs: ``runtime.storage``, $ROBUSTFT_STORAGE, or a default."""
+    configured = storage_place(runtime)
+    if configured and is_uri(configured):
+        # Object storage: runs are at work in a local folder, and published from there.
+        return local_path(configured) or working_folder(configured)
     if configured:
         return Path(configured).expanduser().resolve()
     if in_ray_job():
@@ -141,6 +185,14 @@ def set_environment(runtime: RuntimeConfig) -> None:
             )
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+    set_patience(runtime)
+
+
+def set_patience(runtime: RuntimeConfig) -> None:
+    """Let Ray Train runs that start in this process wait for nodes, where the cluster grows."""
+    if runtime.autoscaling:
+        for name, value in GROWING_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -162,7 +214,10 @@ def connect(runtime: RuntimeConfig) -> Iterator[Session]:
                 _require_answer(address)
             with _own_sigterm():
                 _init(ray, address)
-        yield _describe(ray, embedded=embedded and started_here)
+        session = _describe(ray, embedded=embedded and started_here)
+        if runtime.autoscaling and not embedded:
+            session = dataclasses.replace(session, fleet=find_fleet(ray))
+        yield session
     finally:
         if started_here:
             ray.shutdown()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from robustft.runtime.fanout import load_value, store_value, value_path
+from robustft.runtime.fanout import load_value, store_value, stored_value, value_path
 
 __all__ = ["StoredMap"]
 
@@ -42,10 +42,12 @@ class StoredMap:
         told = time.monotonic()
         for item in work:
             path = value_path(self._store, name, key, item)
-            if not path.is_file():
+            value = stored_value(path)
+            if value is None:
                 store_value(path, fn(shared, item))  # type: ignore[arg-type]
-            # Also right after storing, so that a resumed run cannot see other types than this one.
-            values.append(load_value(path))
+                # Read back, so that a resumed run cannot see other types than this one.
+                value = load_value(path)
+            values.append(value)
             if time.monotonic() - told >= INTERVAL:
                 told = time.monotonic()
                 log.info("%s: %d of %d shards", name, len(values), len(work))

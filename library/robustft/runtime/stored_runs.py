@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustft.data import Task
+from robustft.data.storage import fetched
 from robustft.data.text import TextTask
 from robustft.errors import ConfigError, DataError, ResourceError
 from robustft.evaluation.comparison import AnyEvaluation, ComparedRun, Cost
@@ -50,6 +51,8 @@ __all__ = [
 START = "start"
 CHOICE = "chosen_"
 """What begins the names of the columns of trials.parquet that hold a trial's choices."""
+NEVER_READ = ("*.safetensors", "items/*")
+"""Of a published run: weights, and what a resumed run would need."""
 STRIP_ARRAYS = ("ids", "labels", "predicted", "clean", "adversarial")
 
 
@@ -113,13 +116,15 @@ def load_run(directory: str | Path) -> StoredRun:
     """Read a finished run.
 
     Args:
-        directory: the run's folder, ``runs/<experiment>/<run-id>``.
+        directory: the run's folder, ``runs/<experiment>/<run-id>``, or the URI at which it is
+            published.
 
     Raises:
         ConfigError: no run, or an unfinished one, lies there.
         DataError: something that a finished run leaves is missing or damaged.
+        ResourceError: the store that the URI names cannot be read.
     """
-    folder = Path(directory).expanduser().resolve()
+    folder = fetched(directory, without=NEVER_READ).expanduser().resolve()
     if not (folder / "run.json").is_file():
         raise ConfigError(_foreign(folder, directory))
     if not (folder / "summary.json").is_file():

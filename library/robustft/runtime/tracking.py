@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from robustft.errors import ConfigError, RunError
 from robustft.runtime.mlflow_store import MlflowStore, clean_key, sqlite_path
+from robustft.runtime.registry import Score, score_tags
 from robustft.runtime.spool import Spool, mask
 
 __all__ = ["Backoff", "Replayed", "Tracker", "default_uri", "replay"]
@@ -99,11 +100,14 @@ class Tracker:
     ) -> None:
         uri = _absolute(tracking_uri) if tracking_uri else default_uri(storage)
         self._spool = Spool(directory, header={"experiment": experiment, "uri": mask(uri)})
-        # run -> is it running; what earlier processes wrote counts.
+        # run -> is it running, and what it was started with; what earlier processes wrote counts.
         self._running: dict[str, bool] = {}
+        self._started: dict[str, Mapping[str, Any]] = {}
         for record in self._spool.structure():
             if record["kind"] in ("start", "reopen", "finish"):
                 self._running[record["run"]] = record["kind"] != "finish"
+            if record["kind"] == "start":
+                self._started[record["run"]] = record
         self._store = MlflowStore(self._spool, uri)
         self._backoff = backoff or Backoff()
         self._state = threading.Condition()
@@ -142,6 +146,7 @@ class Tracker:
         parent: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
+        inherit: Mapping[str, str] | None = None,
     ) -> str:
         """Start a run, or return to the one that was started with this ``key``.
 
@@ -152,6 +157,10 @@ class Tracker:
             params: parameters; nested mappings become "outer.inner". Ignored on return to a run.
             tags: the like. The UI has places of their own for "mlflow.note.content" (Markdown),
                 "mlflow.source.name", "mlflow.source.git.commit" and "mlflow.user".
+            inherit: what it takes over from its parent, so that it can be compared with the runs
+                of other parents: name there -> name here, each with everything below it ("task"
+                means also "task.data"); later ones replace earlier ones. The parent's tags come
+                with them, but for those of MLflow. ``params`` and ``tags`` come on top.
 
         Returns:
             The local id of the run.
@@ -159,18 +168,24 @@ class Tracker:
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         run = f"{self._spool.id}-{digest}"
         if run not in self._running:
-            self._record(
-                "start",
-                run,
-                name=name,
-                parent=self._known(parent) if parent is not None else None,
-                params=_texts(params or {}),
-                tags=_texts(tags or {}),
-            )
+            own = {"params": _texts(params or {}), "tags": _texts(tags or {})}
+            if parent is not None and inherit is not None:
+                above = self._started[self._known(parent)]
+                own = {
+                    "params": _renamed(above["params"], inherit) | own["params"],
+                    "tags": _own_tags(above["tags"]) | own["tags"],
+                }
+            parent = self._known(parent) if parent is not None else None
+            self._started[run] = {"name": name, "parent": parent, **own}
+            self._record("start", run, **self._started[run])
         elif not self._running[run]:
             self._record("reopen", run)
         self._running[run] = True
         return run
+
+    def parameters(self, run: str) -> dict[str, str]:
+        """Return the parameters that ``run`` was started with, as text."""
+        return dict(self._started[self._known(run)]["params"])
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int) -> None:
         """Record the values at ``step`` (epoch, 100 x alpha, ...); NaN and infinity are allowed."""
@@ -221,6 +236,8 @@ class Tracker:
         name: str,
         tags: Mapping[str, Any],
         metrics: Mapping[str, float],
+        registered: str | None = None,
+        scores: Mapping[str, Score] | None = None,
         alias: str = "newest",
     ) -> None:
         """Log a model directory (safetensors and card) and register it as a new version.
@@ -228,11 +245,14 @@ class Tracker:
         Args:
             run: local id of the run that made it.
             directory: everything in it becomes the model's artifacts.
-            name: of the registered model; other characters than letters, digits, ``_ -`` and
-                spaces become "-".
+            name: of the logged model; other characters than letters, digits, ``_ -`` and spaces
+                become "-".
             tags: threat model, method, data, architecture, leaky: shown with model and version.
             metrics: headline numbers; they appear with the model and with the run, and need not
                 be logged again.
+            registered: name of the registered model, which may also have dots; None: ``name``.
+            scores: metric -> what the model reached on the selection split. The aliases of
+                ``registry.ALIASES`` stand at the best versions; a model that test chose has none.
             alias: moves to this version.
         """
         path = self._relative(directory)
@@ -246,6 +266,8 @@ class Tracker:
             tags=_texts(tags),
             metrics={key: _number(value) for key, value in metrics.items()},
             step=0,
+            registered=registered or name,
+            scores=score_tags(scores or {}),
             alias=alias,
         )
 
@@ -430,6 +452,20 @@ def _texts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             texts[name] = mask(str(value))
     return texts
+
+
+def _renamed(texts: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts at and below each of ``names``, called by their new names."""
+    return {
+        new + name.removeprefix(old): text
+        for old, new in names.items()
+        for name, text in texts.items()
+        if name == old or name.startswith(f"{old}.")
+    }
+
+
+def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in tags.items() if not name.startswith("mlflow.")}
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Ray Train: run a method's training function on N workers, and the contexts that methods get."""
 
 import dataclasses
+import json
 import logging
 import tempfile
 import time
@@ -12,13 +13,20 @@ import torch
 from torch import Tensor
 
 from robustft.data.base import Task
-from robustft.errors import RobustftError, RunError
+from robustft.data.storage import Store
+from robustft.errors import CheckpointError, ConfigError, RobustftError, RunError
 from robustft.methods import METHODS, Result
+from robustft.methods.interpolation import InterpolateConfig, require_line
+from robustft.methods.rift import interpolated
 from robustft.models.start import Start
 from robustft.runtime.deepspeed_engine import DeepSpeedEngine
-from robustft.runtime.engines import DDPEngine
+from robustft.runtime.engines import DDPEngine, why_not_options
 from robustft.runtime.events import Sender, busy
+from robustft.runtime.jsonfile import write_json
+from robustft.runtime.mirror import checkpoint_folder, ray_storage
+from robustft.runtime.training_checkpoints import load_state, newest_state, newest_whole, save_state
 from robustft.training.context import Engine, PlainEngine, State
+from robustft.training.engine_options import EngineOptions
 
 __all__ = ["DriverContext", "Job", "WorkerContext", "run_job", "train"]
 
@@ -26,7 +34,9 @@ log = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 ValueT = TypeVar("ValueT")
-STATE_FILE = "state.pt"
+RECORD_FILE = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of a run's checkpoints, in the run's folder."""
+RESERVATION_FILE = "reservation.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +51,9 @@ class Job:
         threads: torch threads of each worker.
         gpu: True to compute on the GPU that Ray has assigned.
         engine, zero_stage: as in RuntimeConfig.
+        options: how forwards are computed.
         send: takes events to the driver.
+        interpolate: how to go back from the result towards the start; None: not at all.
     """
 
     method: str
@@ -54,8 +66,10 @@ class Job:
     threads: int
     gpu: bool
     send: Sender
+    interpolate: InterpolateConfig | None = None
     engine: str = "auto"
     zero_stage: int = 0
+    options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -156,7 +170,7 @@ class WorkerContext:
         record = {**values, "step": step, "total": total}
         with tempfile.TemporaryDirectory(prefix="robustft-") as folder:
             if state is not None and self.rank == 0:
-                torch.save(state, Path(folder) / STATE_FILE)
+                save_state(state, Path(folder))
                 self._save(record, Path(folder))
             else:
                 self._save(record, None)
@@ -165,11 +179,23 @@ class WorkerContext:
             self._job.send({**event, "step": step, "total": total, "metrics": values})
 
     def resume(self) -> State | None:
-        folder = self._restore()
-        if folder is None or not (folder / STATE_FILE).is_file():
-            return None
-        state: State = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        return state
+        """Return the newest state that is whole; rank 0 decides which one all ranks take."""
+        folder, found = self._restore(), None
+        if folder is not None and self.rank == 0:
+            found = newest_whole(folder, warn=self._warn)
+        if self.world_size > 1:
+            chosen = [None if found is None else found[0].name]
+            torch.distributed.broadcast_object_list(chosen, device=self.device)
+            if self.rank > 0 and chosen[0] is not None:
+                return _same_state(folder, chosen[0])
+        return None if found is None else found[1]
+
+    def _warn(self, text: str) -> None:
+        """Say ``text`` here and where the user reads."""
+        log.warning("%s", text)
+        title = ": ".join(part for part in (self._job.stage, self._job.run) if part)
+        event = {"kind": "warning", "stage": self._job.stage, "run": self._job.run}
+        self._job.send({**event, "text": f"{title}: {text}"})
 
     def map(
         self,
@@ -202,23 +228,55 @@ class WorkerContext:
         return total
 
 
+def _same_state(folder: Path | None, name: str) -> State:
+    """Return the state that rank 0 has chosen, which must not be another one on this rank.
+
+    Args:
+        folder: the newest checkpoint as this rank sees it; the chosen one lies beside it.
+        name: of the chosen one. Copies from an object store lie elsewhere for each rank.
+
+    Raises:
+        RuntimeError: this rank cannot read it; Ray Train then restarts all of them.
+    """
+    if folder is None:
+        raise RuntimeError(f"this node does not see {name}: the run's storage is not shared")
+    try:
+        return load_state(folder.parent / name)
+    except CheckpointError as error:
+        raise RuntimeError(str(error)) from error
+
+
 def _engine(job: Job, device: torch.device, world_size: int) -> Engine:
-    """Return what wraps a job's model on this worker."""
-    if world_size == 1:
-        return PlainEngine()
-    if job.engine == "deepspeed":
+    """Return what wraps a job's model on this worker.
+
+    Raises:
+        ConfigError: the method cannot run with the options.
+    """
+    deepspeed = world_size > 1 and job.engine == "deepspeed"
+    reason = why_not_options(
+        job.config, job.options, deepspeed=deepspeed, zero_stage=job.zero_stage
+    )
+    if reason:
+        raise ConfigError(reason)
+    if deepspeed:
         clip_norm = getattr(job.config, "clip_norm", None)
-        return DeepSpeedEngine(device, stage=job.zero_stage, clip_norm=clip_norm)
-    return DDPEngine(device)
+        return DeepSpeedEngine(
+            device, stage=job.zero_stage, options=job.options, clip_norm=clip_norm
+        )
+    return PlainEngine(job.options) if world_size == 1 else DDPEngine(device, job.options)
 
 
 def run_job(job: Job, context: WorkerContext) -> Result:
-    """Run the method's training function in this worker."""
+    """Run the method's training function in this worker, and interpolate its result if asked to."""
     # A reused process keeps whatever the run before it had set.
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     with busy(job.send, job.stage, job.run):
+        if job.interpolate is not None:
+            require_line(context.start)
         result: Result = METHODS[job.method].train(job.config, context)
+        if job.interpolate is not None:
+            result = interpolated(job.interpolate, context, result)
     return result
 
 
@@ -231,9 +289,12 @@ def train_loop(config: dict[str, Any]) -> Result | RobustftError | None:
     import ray
     import ray.train.torch
 
-    job = fetched(config["job"])
+    job, folder = fetched(config["job"]), config["folder"]
     place = ray.train.get_context()
     rank = place.get_world_rank()
+    scratch = tempfile.TemporaryDirectory(prefix="robustft-")
+    if rank == 0 and folder is not None:
+        _note_reservation(folder)
 
     def save(record: dict[str, Any], folder: Path | None) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
@@ -241,7 +302,9 @@ def train_loop(config: dict[str, Any]) -> Result | RobustftError | None:
 
     def restore() -> Path | None:
         checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.path) if checkpoint else None
+        if checkpoint:
+            return checkpoint_folder(checkpoint, Path(scratch.name))
+        return None if folder is None else newest_state(folder)
 
     context = WorkerContext(
         job,
@@ -254,7 +317,8 @@ def train_loop(config: dict[str, Any]) -> Result | RobustftError | None:
     )
     result: Result | RobustftError
     try:
-        result = run_job(job, context)
+        with scratch:
+            result = run_job(job, context)
     except RobustftError as error:
         result = error
     return result if rank == 0 else None
@@ -277,19 +341,25 @@ def train(
     *,
     name: str,
     storage: Path,
-    workers: int,
+    workers: int | tuple[int, int],
     cpus: int,
     gpus: float,
     max_failures: int,
     callbacks: list[Any] | None = None,
+    store: Store | None = None,
 ) -> Result:
     """Run ``job`` with Ray Train on ``workers`` processes and return rank 0's result.
 
-    A run of the same ``name`` in the same ``storage`` continues from its newest checkpoint.
+    With (fewest, most) workers, Ray Train takes as many as the cluster has room for: whenever that
+    changes, it starts them all again from the newest checkpoint. Loaders cut the same global
+    batches for any number.
+
+    A run of the same ``name`` in the same ``storage``, or ``store`` if that is given, continues
+    from its newest checkpoint.
 
     Raises:
         RobustftError: what the training function raised.
-        RunError: workers died more often than ``max_failures``.
+        RunError: workers, or Ray Train's own controller, died more often than ``max_failures``.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -304,15 +374,20 @@ def train(
     resources: dict[str, float] = {"CPU": cpus}
     if gpus:
         resources["GPU"] = gpus
+    folder = storage / name
+    _set_aside_damaged(folder)
+    # Of an earlier cluster.
+    (folder / RESERVATION_FILE).unlink(missing_ok=True)
     trainer = Trainer(
         train_loop,
-        train_loop_config={"job": job},
+        # What an object store holds is whole, and no folder of the driver's is the workers'.
+        train_loop_config={"job": job, "folder": folder if store is None else None},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(storage),
+            **ray_storage(storage, store),
             callbacks=callbacks,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(
@@ -325,6 +400,23 @@ def train(
         result: Result | RobustftError = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
+    except ray.exceptions.RayActorError as error:
+        # Ray Train restarts workers, and nobody but us the controller that does so.
+        if max_failures == 0:
+            raise RunError(f"training failed: Ray Train's controller died ({name})") from error
+        log.warning("Ray Train's controller died: %s goes on from its newest checkpoint", name)
+        _free_reservation(folder)
+        return train(
+            job,
+            name=name,
+            storage=storage,
+            workers=workers,
+            cpus=cpus,
+            gpus=gpus,
+            max_failures=max_failures - 1,
+            callbacks=callbacks,
+            store=store,
+        )
     except KeyboardInterrupt:
         for controller in controllers:
             ray.kill(controller)
@@ -332,6 +424,51 @@ def train(
     if isinstance(result, RobustftError):
         raise result
     return result
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    """Rename Ray's record of a run's checkpoints where it is damaged: Ray would refuse the run.
+
+    Ray overwrites it in place, so a full disk or a kill at that moment leaves half of it. The
+    checkpoints themselves are found without it.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["checkpoint_results"]
+        missing = [one["checkpoint_dir_name"] for one in known]
+        missing = [name for name in missing if not (folder / name).is_dir()]
+    except (ValueError, KeyError, TypeError):
+        missing = [path.name]
+    if missing:
+        aside = path.with_name(f"{path.stem}-damaged-{time.time_ns()}{path.suffix}")
+        log.warning("Ray's record of the checkpoints in %s is damaged; see %s", folder, aside.name)
+        path.rename(aside)
+
+
+def _note_reservation(folder: Path) -> None:
+    """Write down which placement group holds the resources of this run."""
+    import ray.util
+
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        write_json(folder / RESERVATION_FILE, {"placement_group": group.id.hex()})
+
+
+def _free_reservation(folder: Path) -> None:
+    """Give back what a dead controller had reserved.
+
+    Ray Train's own cleaner asks the dashboard, which an embedded Ray does not have; without it the
+    next attempt would wait for the resources of the one before.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    path = folder / RESERVATION_FILE
+    if path.is_file():
+        identity = json.loads(path.read_text(encoding="utf-8"))["placement_group"]
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(identity)))
 
 
 def _cause(error: Exception) -> Exception:

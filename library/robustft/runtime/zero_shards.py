@@ -147,81 +147,44 @@ class Shards:
     Args:
         optimizer: the method's; its groups' parameters become the parts' values.
         parts: of all its parameters, in its order; empty where this worker has nothing.
-        clip_norm: L2 norm to which the whole gradient is clipped; None: not.
 
     Attributes:
         weights: at stage 3, the model's weights.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, parts: Sequence[Part], clip_norm: float | None
-    ) -> None:
-        self._optimizer, self._parts, self._clip_norm = optimizer, parts, clip_norm
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: Sequence[Part]) -> None:
+        self._optimizer, self._parts = optimizer, parts
         self.weights: Weights | None = None
         values = iter([part.values for part in parts])
         for group in optimizer.param_groups:
             group["params"] = [next(values) for _ in group["params"]]
-        self._norms = torch.empty(0)
         if isinstance(optimizer, RoseAdamW):
-            optimizer._masks = functools.partial(  # type: ignore[method-assign]
-                self._rose_masks, optimizer._masks
-            )
+            names = [name for group in optimizer.param_groups for name in group["param_names"]]
+            shapes = [part.shape for part in parts]
+            optimizer.hold_parts(dict(zip(names, shapes, strict=True)), _whole_norms)
 
     @torch.no_grad()
-    def step(self, grad: Tensor) -> None:
+    def step(self, grad: Tensor, *, clip_norm: float | None = None) -> None:
         """Clip and step.
 
         Args:
             grad: ``[n]`` of this worker's piece, averaged over workers; changed in place.
+            clip_norm: L2 norm to which the whole gradient is clipped; None: not.
         """
         grads = [part.within(grad) for part in self._parts]
-        rose = isinstance(self._optimizer, RoseAdamW)
-        if self._clip_norm is not None or rose:
-            moments = [self._moment(part) for part in self._parts] if rose else []
-            norms = _whole_norms([*grads, *moments])
-            grad_norms = norms[: len(grads)]
-            if self._clip_norm is not None:
-                factor = self._clip_norm / (torch.linalg.vector_norm(grad_norms) + CLIP_OFFSET)
-                factor = factor.clamp(max=1)
-                grad.mul_(factor.to(grad.dtype))
-                grad_norms.mul_(factor)
-            self._norms = norms.to(grad.dtype)
+        if clip_norm is not None:
+            norm = torch.linalg.vector_norm(_whole_norms(grads))
+            grad.mul_((clip_norm / (norm + CLIP_OFFSET)).clamp(max=1))
         for part, value in zip(self._parts, grads, strict=True):
             part.values.grad = value
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _moment(self, part: Part) -> Tensor:
-        """Return the first moment of a part, zeros before the first step."""
-        moment: Tensor = self._optimizer.state[part.values].get("exp_avg", part.values * 0)
-        return moment
-
-    def _rose_masks(self, masks: Callable[[Any], list[Any]], members: Sequence[Any]) -> list[Any]:
-        """Return ROSE's masks of whole tensors, the same on every rank, in place of ``_masks``.
-
-        ROSE looks at norms alone, so it is shown stand-ins of one number each whose norms are
-        those of the whole tensors. A quantile over them is one over the network.
-        """
-        count = len(self._parts)
-        stand_ins = [
-            dataclasses.replace(
-                member,
-                parameter=part.shape,
-                grad=self._norms[index].reshape(1),
-                state={**member.state, "exp_avg": self._norms[count + index].reshape(1)},
-            )
-            for index, (member, part) in enumerate(zip(members, self._parts, strict=True))
-        ]
-        chosen = masks(stand_ins)
-        for member, stand_in in zip(members, stand_ins, strict=True):
-            if "mask" in stand_in.state:
-                member.state["mask"] = stand_in.state["mask"]
-        return chosen
-
     # State, in the layout of the plain engine.
 
     @torch.no_grad()
     def state(self, module: nn.Module) -> State:
+        """Return the whole state of the model and the optimiser; every rank calls it."""
         saved = self._optimizer.state_dict()
         entries = {
             index: {
@@ -230,17 +193,19 @@ class Shards:
             }
             for index, entry in saved["state"].items()
         }
-        return {"model": self._model_state(module), "optimizer": {**saved, "state": entries}}
+        return {**self.model_state(module), "optimizer": {**saved, "state": entries}}
 
-    def _model_state(self, module: nn.Module) -> State:
+    @torch.no_grad()
+    def model_state(self, module: nn.Module) -> State:
+        """Return ``{"model": the whole state dict}``; every rank calls it."""
         if self.weights is None:
-            return module.state_dict()
+            return {"model": module.state_dict()}
         was_whole = self.weights.whole
         self.weights.gather()
         state = {name: value.detach().clone() for name, value in module.state_dict().items()}
         if not was_whole:
             self.weights.share_out()
-        return state
+        return {"model": state}
 
     @torch.no_grad()
     def load_state(self, module: nn.Module, state: State) -> None:
@@ -276,11 +241,11 @@ def _whole(part: Part, values: Tensor) -> Tensor:
 
 
 def _whole_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norms ``[len(tensors)]`` (float64) of tensors of which each rank has a part.
+    """Return the norms ``[len(tensors)]`` of tensors of which each rank has a part.
 
-    Sums of squares are added over ranks: norms of parts are never averaged.
+    Sums of squares are added over ranks, in float64: norms of parts are never averaged.
     """
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
     squares = torch.stack(norms).square()
     distributed.all_reduce(squares)
-    return squares.sqrt()
+    return squares.sqrt().to(tensors[0].dtype)

@@ -5,8 +5,9 @@ A training function never sees Ray, MLflow or DeepSpeed. It gets a :class:`RunCo
 Ray Train. The same function under any of them gives the same result.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from robustft.data.base import Task
 from robustft.models.start import Start
+from robustft.training.engine_options import EngineOptions, arrange
 
 __all__ = ["Engine", "LocalContext", "PlainEngine", "RunContext", "State"]
 
@@ -31,10 +33,22 @@ class Engine(Protocol):
     be synchronised between ranks. Another set of trainable parameters means another ``prepare``.
     """
 
+    @property
+    def options(self) -> EngineOptions:
+        """Precision and the like; ``run_epoch`` cuts batches into ``options.accumulate`` parts."""
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
         """Wrap ``model`` (already on the device) and return what the training step calls.
 
         ``optimizer`` is None for methods that never step.
+        """
+
+    def computing(self, *, synchronise: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Return what the forwards of a training step, and its attack, run inside: the precision.
+
+        Args:
+            synchronise: False if more backwards follow before the step, so that what ranks have
+                need not be averaged yet.
         """
 
     @property
@@ -48,11 +62,22 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss``, averaged over ranks."""
 
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """Clip the whole gradient of ``parameters`` to an L2 norm, between backward and step.
+
+        Args:
+            parameters: all that are trained, others may be among them.
+            max_norm: > 0.
+        """
+
     def step(self) -> None:
         """Apply one optimiser step and clear the gradients."""
 
     def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the whole gradient of ``parameter`` between ``backward`` and ``step``."""
+
+    def model_state(self) -> State:
+        """Return ``{"model": the model's state dict}``: ``state`` without gathering the rest."""
 
     def state(self) -> State:
         """Return the model's and the optimiser's state, on every rank the whole of it."""
@@ -128,15 +153,28 @@ class RunContext(Protocol):
 
 
 class PlainEngine:
-    """One process, no wrapping."""
+    """One process, no wrapping.
 
-    def __init__(self) -> None:
+    Args:
+        options: precision and the like; None: the defaults. ``sync_bn`` has nobody to talk to.
+    """
+
+    def __init__(self, options: EngineOptions | None = None) -> None:
+        self.options = EngineOptions() if options is None else options
         self._module: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
+        arrange(model, self.options)
         self._module, self._optimizer = model, optimizer
         return model
+
+    @contextlib.contextmanager
+    def computing(self, *, synchronise: bool = True) -> Iterator[None]:
+        device = next((value.device.type for value in self.module.parameters()), "cpu")
+        low = self.options.precision == "bf16"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+            yield
 
     @property
     def module(self) -> nn.Module:
@@ -153,6 +191,9 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,8 +201,11 @@ class PlainEngine:
     def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad
 
+    def model_state(self) -> State:
+        return {"model": self.module.state_dict()}
+
     def state(self) -> State:
-        state: State = {"model": self.module.state_dict()}
+        state = self.model_state()
         if self._optimizer is not None:
             state["optimizer"] = self._optimizer.state_dict()
         return state

@@ -17,7 +17,16 @@ from robustft.training.optimizers import set_lr
 from robustft.training.schedules import ScheduleConfig, schedule_epoch
 from robustft.training.seeding import generator, seed_epoch
 
-__all__ = ["BatchLoss", "Batches", "Best", "LoopConfig", "cpu_state", "run_epoch", "share_buffers"]
+__all__ = [
+    "BatchLoss",
+    "Batches",
+    "Best",
+    "LoopConfig",
+    "cpu_state",
+    "pieces",
+    "run_epoch",
+    "share_buffers",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +69,8 @@ def run_epoch(
     """Take one step per batch of an epoch; return its mean loss, accuracy and last rate.
 
     Everything random follows from (seed, epoch, step, instance id), so an epoch can be repeated
-    from a checkpoint of the one before. Sums stay on the device; the host reads them once.
+    from a checkpoint of the one before. Sums stay on the device; the host reads them once. Each
+    batch is computed in as many parts, and in the precision, that the engine's options say.
 
     Args:
         config: length, rate, seed, schedule and augmentation.
@@ -78,13 +88,14 @@ def run_epoch(
     Raises:
         NonFiniteLossError: the epoch's loss is NaN or infinite; every rank raises.
     """
+    engine = context.engine
     seed_epoch(config.seed, epoch, context.rank)
     totals = torch.zeros(3, dtype=torch.float64, device=context.device)
     rate = config.lr if update else 0.0
     for step, batch in enumerate(loader.epoch(epoch)):
         if update:
             rate = set_lr(
-                context.engine.optimizer,
+                engine.optimizer,
                 config.schedule,
                 lr=config.lr,
                 epoch=schedule_epoch(
@@ -96,15 +107,23 @@ def run_epoch(
             batch.inputs, batch.ids, config=config.augment, seed=config.seed, epoch=epoch
         )
         batch = dataclasses.replace(batch, inputs=inputs)
-        with torch.set_grad_enabled(update):
-            loss, logits = batch_loss(network, batch, generator(config.seed, "step", epoch, step))
+        parts = list(pieces(batch, engine.options.accumulate if update else 1))
+        for number, part in enumerate(parts, 1):
+            # Anew for each part: what is drawn belongs to (seed, instance id).
+            noise = generator(config.seed, "step", epoch, step)
+            if update:
+                with engine.computing(synchronise=number == len(parts)):
+                    loss, logits = batch_loss(network, part, noise)
+                engine.backward(loss * part.scale)
+            else:
+                with torch.no_grad():
+                    loss, logits = batch_loss(network, part, noise)
+            if part.count:
+                totals[0] += loss.detach() * part.count
+                totals[1] += (logits.detach().argmax(1) == part.labels).sum()
+                totals[2] += part.count
         if update:
-            context.engine.backward(loss * batch.scale)
-            context.engine.step()
-        if batch.count:
-            totals[0] += loss.detach() * batch.count
-            totals[1] += (logits.detach().argmax(1) == batch.labels).sum()
-            totals[2] += batch.count
+            engine.step()
     loss_sum, correct, count = context.sum(totals).tolist()
     mean_loss = loss_sum / count
     if not math.isfinite(mean_loss):
@@ -113,6 +132,26 @@ def run_epoch(
             "or start from other weights"
         )
     return {"loss": mean_loss, "accuracy": correct / count, "lr": rate}
+
+
+def pieces(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield a share in exactly ``count`` parts whose scaled mean losses add up to the whole's.
+
+    Workers must agree on the number of backwards, so a part may be a row at weight zero.
+    """
+    if count == 1:
+        yield batch
+        return
+    for rows in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(count):
+        size = len(rows)
+        chosen = rows if size else torch.zeros_like(batch.labels[:1])
+        yield Batch(
+            inputs=batch.inputs[chosen],
+            labels=batch.labels[chosen],
+            ids=batch.ids[chosen],
+            scale=batch.scale * size / len(batch.labels),
+            count=size if batch.count else 0,
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,7 +168,7 @@ class Best:
         Args:
             score: higher is better.
             epoch: 1-based.
-            state: ``engine.state``; called on every rank, for sharded engines gather in it.
+            state: ``engine.model_state``; called on every rank, for sharded engines gather in it.
         """
         if score > self.score:
             self.score, self.epoch, self.model = score, epoch, cpu_state(state()["model"])

@@ -7,7 +7,7 @@ is the AdamW that Hugging Face Transformers had before version 5.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -61,10 +61,11 @@ class StepRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Member:
-    """A parameter that has a gradient in this step."""
+    """A parameter that has a gradient in this step; ``whole`` has the shape of all of it."""
 
     name: str
     parameter: Tensor
+    whole: Tensor
     grad: Tensor
     state: dict[str, Any]
     group: dict[str, Any]
@@ -136,6 +137,8 @@ class RoseAdamW(torch.optim.Optimizer):
         self.warmup_steps, self.eligible, self.mask, self.seed = warmup_steps, eligible, mask, seed
         self.options = MaskOptions() if options is None else options
         self.record: StepRecord | None = None
+        self._wholes: Mapping[str, Tensor] = {}
+        self._part_norms: Callable[[Sequence[Tensor]], Tensor] | None = None
         self._handed: Mapping[str, Tensor] | None = None
         self._handed_norms = False
         if upper is None and variant != "vanilla":
@@ -152,6 +155,44 @@ class RoseAdamW(torch.optim.Optimizer):
                 f"eligible = {eligible!r} selects none of the {len(pairs)} parameters, so ROSE "
                 "would do nothing: choose 'matrices', 'all' or a callable"
             )
+
+    # Parts of tensors.
+
+    def hold_parts(
+        self, wholes: Mapping[str, Tensor], norms: Callable[[Sequence[Tensor]], Tensor]
+    ) -> None:
+        """Say that the parameters are this worker's parts of larger tensors.
+
+        Risks are those of whole tensors, so their norms have to come from all workers; everything
+        else is computed part by part.
+
+        Args:
+            wholes: name -> a tensor in the shape of the whole, without values (meta device).
+            norms: returns the Frobenius norms ``[n]`` of the n whole tensors of which each worker
+                gives its parts, on every worker the same; every worker calls it equally often.
+
+        Raises:
+            ConfigError: units finer than tensors, which may be split between workers themselves.
+        """
+        if self.variant != "vanilla" and self.options.granularity != "tensor":
+            raise ConfigError(
+                f"granularity = {self.options.granularity!r} ranks units that may be split between "
+                "workers: choose 'tensor'"
+            )
+        self._wholes, self._part_norms = wholes, norms
+
+    def _norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the Frobenius norms ``[n]`` of whole tensors."""
+        if self._part_norms is not None:
+            return self._part_norms(tensors)
+        return torch.stack(torch._foreach_norm(list(tensors)))
+
+    def _unit_norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the norms of the units of tensors."""
+        if self._part_norms is None:
+            return unit_norms(tensors, self.options)
+        # Of whatever kind: a risk is the ratio of two norms of one tensor, in which sizes cancel.
+        return list(self._norms(tensors).reshape(-1, 1).unbind())
 
     # First-order gradients.
 
@@ -241,7 +282,8 @@ class RoseAdamW(torch.optim.Optimizer):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-                members.append(_Member(name, parameter, parameter.grad, state, group))
+                whole = self._wholes.get(name, parameter)
+                members.append(_Member(name, parameter, whole, parameter.grad, state, group))
         return members
 
     def _update(
@@ -299,8 +341,8 @@ class RoseAdamW(torch.optim.Optimizer):
         """Return the mask of each member, set ``record``; the step's only host transfer is here."""
         turn = self._turn()
         masked = self.variant != "vanilla" and turn >= 1
-        chosen = [m for m in members if masked and self.is_eligible(m.name, m.parameter)]
-        norms = torch.stack(torch._foreach_norm([member.grad for member in members]))
+        chosen = [m for m in members if masked and self.is_eligible(m.name, m.whole)]
+        norms = self._norms([member.grad for member in members])
         finite = norms.isfinite().all()
         units, first_finite, means = list[Tensor](), torch.ones_like(finite), norms[:0]
         if chosen:
@@ -321,7 +363,7 @@ class RoseAdamW(torch.optim.Optimizer):
         if self.options.granularity == "tensor" or not chosen:
             return [means_by_name.get(member.name, 1.0) for member in members]
         shaped = {
-            member.name: unit.reshape(unit_shape(member.parameter, self.options))
+            member.name: unit.reshape(unit_shape(member.whole, self.options))
             for member, unit, early in zip(chosen, units, warm, strict=True)
             if not early
         }
@@ -339,7 +381,7 @@ class RoseAdamW(torch.optim.Optimizer):
         """Return masks ``[units]`` per member and whether the first-order gradients were finite."""
         per_layer = self.options.scope == "per_layer"
         scopes = [layer_of(member.name) if per_layer else "" for member in members]
-        grad_norms = unit_norms([member.grad for member in members], self.options)
+        grad_norms = self._unit_norms([member.grad for member in members])
         masks = [torch.ones_like(norm) for norm in grad_norms]
         finite = torch.tensor(True, device=masks[0].device)
         if not self._is_fresh(turn):
@@ -379,7 +421,7 @@ class RoseAdamW(torch.optim.Optimizer):
             scores = [value.reshape(1) for value in values]
             if self.options.norm == "rms":
                 pairs = zip(scores, members, strict=True)
-                scores = [score / math.sqrt(m.parameter.numel()) for score, m in pairs]
+                scores = [score / math.sqrt(m.whole.numel()) for score, m in pairs]
         else:
             scores = unit_norms(values, self.options)
         finite = torch.cat(scores).isfinite().all()
@@ -394,7 +436,7 @@ class RoseAdamW(torch.optim.Optimizer):
         old = [index for index, member in enumerate(members) if member.num_steps]
         if not old:
             return masks
-        moment_norms = unit_norms([members[i].state["exp_avg"] for i in old], self.options)
+        moment_norms = self._unit_norms([members[i].state["exp_avg"] for i in old])
         scores = [
             deviation(grad_norms[i], moment_norm, beta1=members[i].group["betas"][0])
             for i, moment_norm in zip(old, moment_norms, strict=True)
