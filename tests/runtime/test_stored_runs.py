@@ -337,6 +337,19 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
         load_run(folder)
 
 
+def test_a_summary_leads_to_no_file_outside_its_run(folder: Path) -> None:
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    seeds = summary["after"]["seeds"]
+    outside = ["../../elsewhere", *list(seeds)[1:]]
+    summary["after"]["seeds"] = (
+        dict(zip(outside, seeds.values(), strict=True)) if isinstance(seeds, dict) else outside
+    )
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    with pytest.raises(DataError, match=r"names the seed '\.\./\.\./elsewhere'"):
+        load_run(folder)
+
+
 def test_foreign_folders_are_named_for_what_they_are(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no run folder \(no run.json\)"):
         load_run(tmp_path / "nowhere")

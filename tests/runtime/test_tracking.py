@@ -251,6 +251,30 @@ def test_resume_returns_to_the_same_runs(storage: Path, open_tracker: Open) -> N
     assert runs_by_name(client(storage))["trial 0"].info.status == "FAILED"
 
 
+def test_a_value_that_is_reported_again_after_a_kill_is_one_point(
+    storage: Path, open_tracker: Open
+) -> None:
+    directory = storage / "sweep" / "1"
+    first = open_tracker(directory)
+    run = first.start_run("trial 0", key="trial/0")
+    first.log_metrics(run, {"val/clean": 0.5, "loss": float("nan")}, step=1)
+    first.close(PATIENCE)
+
+    second = open_tracker(directory)
+    assert second.start_run("trial 0", key="trial/0") == run
+    second.log_metrics(run, {"val/clean": 0.5, "loss": float("nan"), "lr": 0.1}, step=1)
+    second.log_metrics(run, {"val/clean": 0.5}, step=2)
+    second.log_metrics(run, {"val/clean": 0.75}, step=2)
+    assert second.flush(PATIENCE)
+    mlflow = client(storage)
+    (found,) = runs_by_name(mlflow).values()
+    history = mlflow.get_metric_history(found.info.run_id, "val/clean")
+    # Another value at the same step is news, the same one is not.
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.5), (2, 0.75)]
+    assert len(mlflow.get_metric_history(found.info.run_id, "loss")) == 1
+    assert found.data.metrics["lr"] == 0.1
+
+
 def test_same_key_in_another_directory_is_another_run(storage: Path, open_tracker: Open) -> None:
     runs = {
         open_tracker(storage / "sweep" / str(i)).start_run(f"run {i}", key="experiment")

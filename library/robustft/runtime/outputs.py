@@ -359,7 +359,7 @@ def report_data(
         config=experiment_to_dict(experiment),
         summary=summary_rows(experiment, found),
         chosen={**result.choices, "trial": found.chosen[best].label},
-        tolerance=float(getattr(experiment.method, "tolerance", 0.0)),
+        tolerance=_tolerance(experiment),
         selection_split=_split_name(found.task, "val"),
         report_split=_split_name(found.task, "test"),
         leaky=found.leaky,
@@ -479,6 +479,12 @@ def _corruption_rows(found: Found) -> list[Row]:
 def _best_seed(experiment: Experiment, found: Found) -> int:
     scores = [result.metrics.get(experiment.search.metric, 0.0) for result in found.results]
     return scores.index(max(scores))
+
+
+def _tolerance(experiment: Experiment) -> float:
+    """Return what the weight line may cost in robust accuracy; 0 where nothing is interpolated."""
+    line = experiment.interpolate or getattr(experiment.method, "interpolate", experiment.method)
+    return float(getattr(line, "tolerance", 0.0))
 
 
 def _sentence(experiment: Experiment, found: Found) -> str:

@@ -8,6 +8,7 @@ numbers, names and outcomes, never weights.
 
 import dataclasses
 import json
+import re
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -138,6 +139,11 @@ def load_run(directory: str | Path) -> StoredRun:
         seeds = list(summary["after"]["seeds"])
         # Seeds that were not searched have one name in the summary and are numbered in the files.
         seeds = seeds if len(seeds) == count else [str(index) for index in range(count)]
+        # They name files, and the summary may come from elsewhere.
+        odd = [seed for seed in seeds if not re.fullmatch(r"[A-Za-z0-9-]+", str(seed))]
+        if odd:
+            path = folder / "summary.json"
+            raise DataError(f"{path} names the seed {odd[0]!r}: robustft did not write it")
         before = _evaluation(folder, START) if summary["before"] is not None else None
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / 'summary.json'} lacks {error}: run it again") from error

@@ -103,7 +103,12 @@ class Tracker:
         # run -> is it running, and what it was started with; what earlier processes wrote counts.
         self._running: dict[str, bool] = {}
         self._started: dict[str, Mapping[str, Any]] = {}
-        for record in self._spool.structure():
+        # (run, metric, step) -> the value: a run that goes on after a kill reports some again.
+        self._points: dict[tuple[str, str, int], float | str] = {}
+        for record, _ in self._spool.read(0):
+            if record["kind"] == "metrics":
+                run, step = record["run"], record["step"]
+                self._points.update({(run, key, step): v for key, v in record["values"].items()})
             if record["kind"] in ("start", "reopen", "finish"):
                 self._running[record["run"]] = record["kind"] != "finish"
             if record["kind"] == "start":
@@ -188,10 +193,18 @@ class Tracker:
         return dict(self._started[self._known(run)]["params"])
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int) -> None:
-        """Record the values at ``step`` (epoch, 100 x alpha, ...); NaN and infinity are allowed."""
-        values = {key: _number(value) for key, value in metrics.items()}
-        if values:
-            self._record("metrics", self._known(run), step=int(step), values=values)
+        """Record the values at ``step`` (epoch, 100 x alpha, ...); NaN and infinity are allowed.
+
+        A value that was already recorded for this step, perhaps by a process that was killed, is
+        not recorded again: MLflow would keep both points.
+        """
+        step = int(step)
+        points = {(self._known(run), key, step): _number(v) for key, v in metrics.items()}
+        new = {point: v for point, v in points.items() if self._points.get(point) != v}
+        if new:
+            values = {key: value for (_, key, _), value in new.items()}
+            self._record("metrics", run, step=step, values=values)
+            self._points.update(new)
 
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
         """Record parameters. MLflow refuses another value for one that it already has."""
