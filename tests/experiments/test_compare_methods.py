@@ -638,6 +638,7 @@ def test_the_protocol_from_end_to_end(script: ModuleType, runs: Runs, tmp_path: 
     assert runs.names == names
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(
     script: ModuleType, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
