@@ -63,7 +63,11 @@ class Config:
     """Write benchmarks/results/autoattack_<data>_<device>_<date>.md."""
 
 
-def trained(task: Task, images: Tensor, labels: Tensor, eps: float) -> nn.Module:
+TRAINING_EPS = 0.1
+"""Linf radius at which the small network is trained, whatever it is measured at."""
+
+
+def trained(task: Task, images: Tensor, labels: Tensor, eps: float = TRAINING_EPS) -> nn.Module:
     """A small network after four epochs of adversarial training, so that half stays robust."""
     torch.manual_seed(0)
     model = build_model(
@@ -135,7 +139,7 @@ def measure(config: Config) -> list[str]:
         return torch.from_numpy(data.images).float() / 255, torch.from_numpy(data.labels)
 
     if config.model is None:
-        model = trained(task, *tensors("train"), threats[0].eps)
+        model = trained(task, *tensors("train"))
     elif config.architecture is None:
         model = load_model_dir(config.model)[0].build()
     else:

@@ -29,17 +29,20 @@ from robustft.config import from_dict
 from robustft.data.base import Split, Task
 from robustft.errors import ConfigError, RunError, UnknownNameError
 from robustft.evaluation.comparison import compare_runs
-from robustft.methods import METHODS, Result, rift
+from robustft.methods import METHODS, Result, costs, method_name, rift
 from robustft.models import Start
+from robustft.runtime import memory, protocol, protocol_report
 from robustft.runtime.experiment import (
     Experiment,
     SearchConfig,
     experiment_to_dict,
     load_experiment,
+    with_values,
 )
 from robustft.runtime.jsonfile import write_json
 from robustft.runtime.results import save_result
 from robustft.runtime.stored_runs import load_run
+from robustft.runtime.vocabulary import TAGS_VARIABLE
 from robustft.threat import ThreatModel
 from robustft.training.context import LocalContext
 
@@ -68,8 +71,8 @@ def script() -> Iterator[ModuleType]:
 # --- the rule ------------------------------------------------------------------------------------
 
 
-def candidate(script: ModuleType, index: int, clean: float, robust: float, error: str = "") -> Any:
-    return script.Candidate(
+def candidate(index: int, clean: float, robust: float, error: str = "") -> Any:
+    return protocol.Candidate(
         index=index, value=0.1 * index, clean=clean, robust=robust, error=error, judging=10.0
     )
 
@@ -88,42 +91,42 @@ def candidate(script: ModuleType, index: int, clean: float, robust: float, error
     ],
 )
 def test_the_rule_takes_what_it_says(
-    script: ModuleType, points: list[tuple[float, float]], index: int, kept: bool
+    points: list[tuple[float, float]], index: int, kept: bool
 ) -> None:
-    candidates = [candidate(script, i, *point) for i, point in enumerate(points)]
+    candidates = [candidate(i, *point) for i, point in enumerate(points)]
     for order in itertools.permutations(candidates):
-        chosen, found = script.choose(order, reference=0.50, tolerance=0.01)
+        chosen, found = protocol.choose(order, reference=0.50, tolerance=0.01)
         assert (chosen.index, found) == (index, kept)
 
 
-def test_what_binary_fractions_make_of_a_point_does_not_decide(script: ModuleType) -> None:
+def test_what_binary_fractions_make_of_a_point_does_not_decide() -> None:
     assert 0.07 - 0.01 > 0.06
-    candidates = [candidate(script, 0, 0.8, 0.07), candidate(script, 1, 0.9, 0.06)]
-    assert script.choose(candidates, reference=0.07, tolerance=0.01)[0].index == 1
+    candidates = [candidate(0, 0.8, 0.07), candidate(1, 0.9, 0.06)]
+    assert protocol.choose(candidates, reference=0.07, tolerance=0.01)[0].index == 1
 
 
-def test_a_failed_trial_is_never_chosen(script: ModuleType) -> None:
-    failed = candidate(script, 0, math.nan, math.nan, "diverged")
-    fine = candidate(script, 1, 0.1, 0.1)
-    assert script.choose([failed, fine], reference=0.5, tolerance=0.01) == (fine, False)
+def test_a_failed_trial_is_never_chosen() -> None:
+    failed = candidate(0, math.nan, math.nan, "diverged")
+    fine = candidate(1, 0.1, 0.1)
+    assert protocol.choose([failed, fine], reference=0.5, tolerance=0.01) == (fine, False)
     with pytest.raises(RunError, match="all trials of a method failed: diverged"):
-        script.choose([failed], reference=0.5, tolerance=0.01)
+        protocol.choose([failed], reference=0.5, tolerance=0.01)
 
 
-def test_other_rules_are_told(script: ModuleType) -> None:
+def test_other_rules_are_told() -> None:
     trials = [(0.9, 0.1), (0.5, 0.6), (0.8, 0.5)]
-    candidates = [candidate(script, i, *point) for i, point in enumerate(trials)]
+    candidates = [candidate(i, *point) for i, point in enumerate(trials)]
     expected = {"clean": 0.0, "robust": 0.1, "clean + robust": 0.2}
-    assert script.other_rules(candidates) == expected
-    assert script.other_rules(candidates[::-1]) == expected
+    assert protocol.other_rules(candidates) == expected
+    assert protocol.other_rules(candidates[::-1]) == expected
 
 
-def test_robust_accuracy_is_the_mean_over_norms_not_the_union(script: ModuleType) -> None:
+def test_robust_accuracy_is_the_mean_over_norms_not_the_union() -> None:
     measured = {"clean": 0.9, "Linf/robust": 0.6, "L1/robust": 0.2, "Linf/apgd-ce": 0.7}
-    assert script.robust_mean({**measured, "robust": 0.1, "union": 0.1}) == pytest.approx(0.4)
-    assert script.robust_mean({"clean": 0.9, "deepwordbug": 0.3, "robust": 0.3}) == 0.3
+    assert protocol.robust_mean({**measured, "robust": 0.1, "union": 0.1}) == pytest.approx(0.4)
+    assert protocol.robust_mean({"clean": 0.9, "deepwordbug": 0.3, "robust": 0.3}) == 0.3
     with pytest.raises(RunError, match="val was not attacked"):
-        script.robust_mean({"clean": 0.9})
+        protocol.robust_mean({"clean": 0.9})
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -186,8 +189,8 @@ def passes() -> Iterator[Counter[str]]:
         hook.remove()
 
 
-def sizes(script: ModuleType, **changes: Any) -> Any:
-    return script.Sizes(**{"train": TRAIN, "val": VAL, "norms": 3, "layers": 10, **changes})
+def sizes(**changes: Any) -> Any:
+    return costs.Sizes(**{"train": TRAIN, "val": VAL, "norms": 3, "layers": 10, **changes})
 
 
 EXACT = ["at", "trades", "autolora", "rose", "full", "last-layer", "lp-ft", "wise-ft"]
@@ -198,9 +201,9 @@ def test_costs_are_those_that_are_counted(
     script: ModuleType, name: str, task: Task, start: Start, passes: Counter[str]
 ) -> None:
     config = dataclasses.replace(script.IMAGE_METHODS[name].config(), batch_size=10)
-    method = METHODS[script.method_name(config)]
+    method = METHODS[method_name(config)]
     result = method.train(config, LocalContext(task=task, start=start))
-    expected = script.passes_of(config, sizes(script))
+    expected = costs.passes_of(config, sizes())
     assert passes == {"forwards": expected.forwards, "backwards": expected.backwards}
     if "passes/forwards" in result.metrics:
         assert result.metrics["passes/forwards"] == expected.forwards
@@ -214,7 +217,7 @@ def test_the_cost_of_rift_is_counted_with_its_criticality(
     config = dataclasses.replace(arm.config(), batch_size=10, mrc_prefix_cache=False)
     context = LocalContext(task=task, start=start)
     prepared = rift.prepare(config, context)
-    expected = script.preparation(arm, sizes(script))
+    expected = protocol.preparation(arm, sizes())
     # Without a cache, what comes before a layer is not computed apart.
     spared = VAL * 10
     assert passes == {"forwards": expected.forwards - spared, "backwards": expected.backwards}
@@ -222,7 +225,7 @@ def test_the_cost_of_rift_is_counted_with_its_criticality(
     passes.clear()
     context = LocalContext(task=task, start=start, prepared=prepared)
     rift.train(config, context)
-    expected = script.passes_of(config, sizes(script))
+    expected = costs.passes_of(config, sizes())
     assert passes == {"forwards": expected.forwards, "backwards": expected.backwards}
 
 
@@ -231,10 +234,10 @@ def test_the_cost_of_several_norms_is_an_upper_bound(
 ) -> None:
     config = dataclasses.replace(script.IMAGE_METHODS["e-at"].config(), batch_size=10)
     result = METHODS["multinorm"].train(config, LocalContext(task=task, start=start))
-    training = script.passes_of(config, sizes(script, val=0))
+    training = costs.passes_of(config, sizes(val=0))
     assert result.metrics["passes/forwards"] == training.forwards
     assert result.metrics["passes/backwards"] == training.backwards
-    expected = script.passes_of(config, sizes(script))
+    expected = costs.passes_of(config, sizes())
     # Val: clean before and after, and attacks on what is right.
     assert training.forwards + 2 * VAL <= passes["forwards"] <= expected.forwards
     assert training.backwards <= passes["backwards"] <= expected.backwards
@@ -246,14 +249,14 @@ def test_the_cost_of_statistics_is_counted(
     arm = script.IMAGE_METHODS["flooding"]
     collecting = dataclasses.replace(arm.collecting(tmp_path / "statistics"), batch_size=10)
     METHODS["instances"].train(collecting, LocalContext(task=task, start=start))
-    expected = script.preparation(arm, sizes(script))
+    expected = protocol.preparation(arm, sizes())
     assert passes == {"forwards": expected.forwards, "backwards": expected.backwards}
     passes.clear()
     for name in ("flooding", "soft-label"):
         config = script.IMAGE_METHODS[name].config(tmp_path / "statistics")
         config = dataclasses.replace(config, batch_size=10)
         METHODS["instances"].train(config, LocalContext(task=task, start=start))
-    expected = script.passes_of(config, sizes(script)).times(2)
+    expected = costs.passes_of(config, sizes()).times(2)
     assert passes == {"forwards": expected.forwards, "backwards": expected.backwards}
 
 
@@ -265,11 +268,11 @@ def test_costs_of_text_losses_are_those_of_their_table(
     script: ModuleType, name: str, per_text: tuple[int, int]
 ) -> None:
     """Their own tests count these passes; two epochs, and a forward of val after each."""
-    found = script.passes_of(script.TEXT_METHODS[name].config(), script.Sizes(train=10, val=3))
+    found = costs.passes_of(script.TEXT_METHODS[name].config(), costs.Sizes(train=10, val=3))
     assert (found.forwards, found.backwards) == (2 * (10 * per_text[0] + 3), 2 * 10 * per_text[1])
 
 
-def test_attacks_from_the_example_share_the_first_gradient(script: ModuleType) -> None:
+def test_attacks_from_the_example_share_the_first_gradient() -> None:
     """The table of the collector's own tests: with a random start nothing is shared."""
     attacks = [
         {"num_steps": 3},
@@ -278,47 +281,47 @@ def test_attacks_from_the_example_share_the_first_gradient(script: ModuleType) -
     ]
     fields = {"folder": "x", "every": 2, "attacks": attacks, "transforms": ["identity"]}
     config = from_dict(METHODS["instances"].config, {"epochs": 3, "collect": fields})
-    found = script._records(config, script.Sizes(train=10, val=0))
+    found = costs._records(config, costs.Sizes(train=10, val=0))
     # Before training, after two epochs, and at the end.
-    assert found == script.Passes(30 * (1 + 3 + 4 + (5 + 1) + 1), 30 * (1 + 2 + 3 + 5))
+    assert found == costs.Passes(30 * (1 + 3 + 4 + (5 + 1) + 1), 30 * (1 + 2 + 3 + 5))
 
 
-def test_a_method_of_unknown_cost_is_refused(script: ModuleType) -> None:
+def test_a_method_of_unknown_cost_is_refused() -> None:
     config = from_dict(METHODS["twins"].config, {})
     with pytest.raises(ConfigError, match="what twins costs is not known"):
-        script.passes_of(config, sizes(script))
+        costs.passes_of(config, sizes())
 
 
 def test_the_budget_pays_the_first_values(script: ModuleType) -> None:
     arm = script.IMAGE_METHODS["at"]
-    cost = script.passes_of(arm.config(), sizes(script)).total
-    assert list(script.affordable(arm, sizes(script), 2 * cost)) == list(arm.values[:2])
-    assert list(script.affordable(arm, sizes(script), 3 * cost - 1)) == list(arm.values[:2])
-    assert list(script.affordable(arm, sizes(script), 1)) == list(arm.values[:1])
-    assert list(script.affordable(arm, sizes(script), 1e9)) == list(arm.values)
+    cost = costs.passes_of(arm.config(), sizes()).total
+    assert list(protocol.affordable(arm, sizes(), 2 * cost)) == list(arm.values[:2])
+    assert list(protocol.affordable(arm, sizes(), 3 * cost - 1)) == list(arm.values[:2])
+    assert list(protocol.affordable(arm, sizes(), 1)) == list(arm.values[:1])
+    assert list(protocol.affordable(arm, sizes(), 1e9)) == list(arm.values)
 
 
 def test_preparation_is_paid_from_the_budget(script: ModuleType) -> None:
     for name in ("rift", "flooding"):
         arm = script.IMAGE_METHODS[name]
-        before = script.preparation(arm, sizes(script)).total
+        before = protocol.preparation(arm, sizes()).total
         assert before > 0
-        cost = script.passes_of(arm.config(), sizes(script)).total
-        assert len(script.affordable(arm, sizes(script), 2 * cost + before)) == 2
-        assert len(script.affordable(arm, sizes(script), 2 * cost + before - 1)) == 1
+        cost = costs.passes_of(arm.config(), sizes()).total
+        assert len(protocol.affordable(arm, sizes(), 2 * cost + before)) == 2
+        assert len(protocol.affordable(arm, sizes(), 2 * cost + before - 1)) == 1
 
 
 def test_no_search_costs_more_than_the_budget_as_shipped(script: ModuleType) -> None:
     shipped = {
-        "images": script.Sizes(train=3600, val=600, norms=3, layers=10),
-        "text": script.Sizes(train=1000, val=600),
+        "images": costs.Sizes(train=3600, val=600, norms=3, layers=10),
+        "text": costs.Sizes(train=1000, val=600),
     }
     for kind, own in shipped.items():
         budget = script.KINDS[kind].budget
         for name, arm in script.KINDS[kind].methods.items():
-            count = len(script.affordable(arm, own, budget))
-            trials = script.passes_of(arm.config(), own).total * count
-            total = script.preparation(arm, own).total + trials
+            count = len(protocol.affordable(arm, own, budget))
+            trials = costs.passes_of(arm.config(), own).total * count
+            total = protocol.preparation(arm, own).total + trials
             assert 0.5 * budget < total <= budget, name
 
 
@@ -334,15 +337,15 @@ def test_every_method_fits_its_preset(script: ModuleType, preset: str) -> None:
     arms = script.rows_of(kind, options)
     assert list(arms) == list(kind.methods)
     for arm in arms.values():
-        search = script.searching(base, arm, arm.values, Path("statistics"))
+        search = protocol.searching(base, arm, arm.values, Path("statistics"))
         assert search.search.space == {arm.field: list(arm.values)}
-        assert search.method.seed == script.SEARCH_SEED
+        assert search.method.seed == protocol.SEARCH_SEED
         assert search.evaluation.suite == "clean"
-        row = script.measuring(base, arm, arm.values[-1], (0, 1), Path("statistics"))
+        row = protocol.measuring(base, arm, arm.values[-1], (0, 1), Path("statistics"))
         assert row.search.space == {"seed": [0, 1]}
         assert (row.start, row.task, row.evaluation) == (base.start, base.task, base.evaluation)
         # The first value is the method's own setting, so that it can be trained without a search.
-        first = script.with_values(arm.config(), {arm.field: arm.values[0]})
+        first = with_values(arm.config(), {arm.field: arm.values[0]})
         assert type(first) is type(row.method)
 
 
@@ -371,30 +374,28 @@ def test_bad_options_are_one_sentence(script: ModuleType) -> None:
     with pytest.raises(ConfigError, match="two different seeds"):
         script.Options(seeds=(1, 1))
     with pytest.raises(ConfigError, match="that of the searches"):
-        script.Options(seeds=(0, script.SEARCH_SEED))
+        script.Options(seeds=(0, protocol.SEARCH_SEED))
     with pytest.raises(ConfigError, match="tolerance"):
         script.Options(tolerance=1.5)
 
 
-def test_every_run_gets_the_tag_beside_the_users_own(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(script.TAGS_VARIABLE, raising=False)
-    with script.tagged("comparison=one"):
-        assert os.environ[script.TAGS_VARIABLE] == "comparison=one"
-    assert script.TAGS_VARIABLE not in os.environ
-    monkeypatch.setenv(script.TAGS_VARIABLE, "owner=me")
-    with script.tagged("comparison=one"):
-        assert os.environ[script.TAGS_VARIABLE] == "owner=me,comparison=one"
-    assert os.environ[script.TAGS_VARIABLE] == "owner=me"
+def test_every_run_gets_the_tag_beside_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TAGS_VARIABLE, raising=False)
+    with protocol.tagged("comparison=one"):
+        assert os.environ[TAGS_VARIABLE] == "comparison=one"
+    assert TAGS_VARIABLE not in os.environ
+    monkeypatch.setenv(TAGS_VARIABLE, "owner=me")
+    with protocol.tagged("comparison=one"):
+        assert os.environ[TAGS_VARIABLE] == "owner=me,comparison=one"
+    assert os.environ[TAGS_VARIABLE] == "owner=me"
 
 
-def test_memory_is_that_of_trials(script: ModuleType) -> None:
-    assert script.is_trial("ray::ImplicitFunc.train")
-    assert not script.is_trial("ray::run_item")
-    assert not script.is_trial("ray::IDLE")
-    assert not script.is_trial("python model.train.py")
-    with script.MemoryWatch(seconds=0.01) as watch:
+def test_memory_is_that_of_trials() -> None:
+    assert memory.is_trial("ray::ImplicitFunc.train")
+    assert not memory.is_trial("ray::run_item")
+    assert not memory.is_trial("ray::IDLE")
+    assert not memory.is_trial("python model.train.py")
+    with memory.MemoryWatch(seconds=0.01) as watch:
         pass
     assert math.isnan(watch.largest)
 
@@ -407,10 +408,10 @@ def bench(script: ModuleType, output: Path, task: Task | None = None, **changes:
         "output": output,
         "task": task,
         "start": None,
-        "sizes": sizes(script),
+        "sizes": sizes(),
         "mapper": None,
     }
-    return script.Bench(**{**fields, **changes})
+    return protocol.Bench(**{**fields, **changes})
 
 
 def test_what_is_finished_is_not_run_again(
@@ -424,9 +425,9 @@ def test_what_is_finished_is_not_run_again(
             raise KeyboardInterrupt
         write_run(run_dir)
 
-    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(protocol, "run", run)
     own = bench(script, tmp_path)
-    experiment = script.measuring(own.base, own.kind.methods["at"], 0.01, (0, 1), None)
+    experiment = protocol.measuring(own.base, own.kind.methods["at"], 0.01, (0, 1), None)
     with pytest.raises(KeyboardInterrupt):
         own.run(experiment, "row-at")
     first, memory = own.run(experiment, "row-at")
@@ -460,31 +461,31 @@ def test_trials_are_judged_in_the_order_of_their_values(
     def judge(self: Any, state: Any) -> tuple[dict[str, float], float]:
         return {"clean": float(state["lr"]), "Linf/robust": 0.25, "L1/robust": 0.75}, 7.0
 
-    monkeypatch.setattr(script.Bench, "judge", judge)
+    monkeypatch.setattr(protocol.Bench, "judge", judge)
     stored = load_run(folder)
-    failed, fine = script.judged(bench(script, tmp_path), stored, "lr", [0.1, 0.01])
+    failed, fine = protocol.judged(bench(script, tmp_path), stored, "lr", [0.1, 0.01])
     assert (failed.index, failed.error) == (0, "diverged")
     assert (fine.index, fine.value, fine.error) == (1, 0.01, "")
     assert (fine.clean, fine.robust, fine.judging) == (pytest.approx(0.01), 0.5, 7.0)
     with pytest.raises(RunError, match=r"lacks the trial lr = 0\.7"):
-        script.judged(bench(script, tmp_path), stored, "lr", [0.7])
+        protocol.judged(bench(script, tmp_path), stored, "lr", [0.7])
 
 
 # --- what is concluded ---------------------------------------------------------------------------
 
 
-def entry(script: ModuleType, name: str, folder: Path, **changes: Any) -> Any:
-    chosen = candidate(script, 0, 0.8, 0.5)
+def entry(name: str, folder: Path, **changes: Any) -> Any:
+    chosen = candidate(0, 0.8, 0.5)
     fields = {
         "name": name,
         "method": "at",
         "field": "lr",
-        "candidates": [chosen, candidate(script, 1, 0.7, 0.4)],
+        "candidates": [chosen, candidate(1, 0.7, 0.4)],
         "chosen": chosen,
         "kept": True,
         "others": {"clean": 0.0},
-        "prepared": script.Passes(100, 50),
-        "trial": script.Passes(1000, 500),
+        "prepared": costs.Passes(100, 50),
+        "trial": costs.Passes(1000, 500),
         "counted": None,
         "search_seconds": 12.0,
         "seconds": 5.0,
@@ -493,18 +494,18 @@ def entry(script: ModuleType, name: str, folder: Path, **changes: Any) -> Any:
         "failed": [],
         "folder": folder,
     }
-    return script.Entry(**{**fields, **changes})
+    return protocol.Entry(**{**fields, **changes})
 
 
 def test_the_table_has_known_numbers_in_any_order(script: ModuleType, tmp_path: Path) -> None:
     kind, options = script.KINDS["images"], script.Options(seeds=(0, 1))
     entries = [
-        entry(script, "rift", tmp_path, kept=False, test={"clean": [0.9], "Linf/robust": [0.5]}),
-        entry(script, "at", tmp_path, failed=[1]),
+        entry("rift", tmp_path, kept=False, test={"clean": [0.9], "Linf/robust": [0.5]}),
+        entry("at", tmp_path, failed=[1]),
     ]
     start = {"clean": 0.75, "Linf/robust": 0.6}
-    text = script.table(entries, start, kind, options)
-    assert text == script.table(entries[::-1], start, kind, options)
+    text = protocol_report.table(entries, start, kind, options)
+    assert text == protocol_report.table(entries[::-1], start, kind, options)
     lines = text.splitlines()
     assert lines[0] == "|  | clean | Linf | chosen |"
     assert lines[2] == "| start | 75.0 | 60.0 |  |"
@@ -514,15 +515,15 @@ def test_the_table_has_known_numbers_in_any_order(script: ModuleType, tmp_path: 
     assert "| rift | +15.0 | -10.0 |" in lines
     # 150 of preparation and two trials of 1,500; each was judged by 10.
     assert "| at | 2 | 3,150 | 20 | 12 | 1,500 | 5.0 | 512 |" in lines
-    script.draw(entries, start, (0.7, 0.5), kind)
+    protocol_report.draw(entries, start, (0.7, 0.5), kind)
 
 
 def test_tests_are_paired_over_the_same_examples(
     script: ModuleType, stored_folder: Path, tmp_path: Path
 ) -> None:
-    entries = [entry(script, name, tmp_path) for name in ("at", "rift")]
+    entries = [entry(name, tmp_path) for name in ("at", "rift")]
     stored = load_run(stored_folder)
-    runs = script.compared(entries, [stored, stored])
+    runs = protocol_report.compared(entries, [stored, stored])
     assert [one.name for one in runs] == ["start", "at", "rift"]
     assert list(runs[0].evaluations) == ["0"]
     assert list(runs[1].evaluations) == ["0", "1"]
@@ -530,30 +531,28 @@ def test_tests_are_paired_over_the_same_examples(
     comparison = compare_runs(runs, metrics=["clean"])
     assert len(comparison.differences) == 3
     kind = script.KINDS["images"]
-    text = "\n".join(script.tested(comparison, kind))
+    text = "\n".join(protocol_report.tested(comparison, kind))
     assert "0 of 3 are decided" in text
 
 
-def test_different_starts_are_refused(
-    script: ModuleType, stored_folder: Path, tmp_path: Path
-) -> None:
+def test_different_starts_are_refused(stored_folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(stored_folder, tmp_path / "other"))
     shutil.copy(other / "masks" / "seed-0.parquet", other / "masks" / "start.parquet")
-    entries = [entry(script, name, tmp_path) for name in ("at", "rift")]
+    entries = [entry(name, tmp_path) for name in ("at", "rift")]
     with pytest.raises(RunError, match="began at different starts"):
-        script.compared(entries, [load_run(stored_folder), load_run(other)])
+        protocol_report.compared(entries, [load_run(stored_folder), load_run(other)])
 
 
 def test_everything_is_written(
     script: ModuleType, stored_folder: Path, tmp_path: Path, task: Task
 ) -> None:
     test = {"clean": [0.8, 0.9], "Linf/robust": [0.4, 0.5]}
-    entries = [entry(script, name, tmp_path, test=test) for name in ("at", "rift")]
+    entries = [entry(name, tmp_path, test=test) for name in ("at", "rift")]
     stored = load_run(stored_folder)
     own = bench(script, tmp_path, task)
     kind = dataclasses.replace(own.kind, columns={"clean": "clean", "Linf": "Linf/robust"})
     own = dataclasses.replace(own, kind=kind)
-    document, text = script.conclude(own, entries, [stored, stored], (0.7, 0.5))
+    document, text = protocol_report.conclude(own, entries, [stored, stored], (0.7, 0.5))
     for name in ("table.md", "results.json", "pareto.png", "report.html"):
         assert (tmp_path / name).is_file(), name
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text
@@ -562,7 +561,26 @@ def test_everything_is_written(
     assert read["methods"][0]["search_passes"] == 150 + 2 * 1500
     assert read["reference"] == {"clean": 0.7, "robust": 0.5}
     assert read["budget"] == document["budget"] == own.kind.budget
-    assert {one["metric"] for one in read["pairs"]["differences"]} <= {"clean", "Linf/robust"}
+    # One attack was run, so that its norm's worst case and the union are no metrics of their own.
+    assert {one["metric"] for one in read["pairs"]["differences"]} == {"clean"}
+    assert "Paired tests over examples of clean, every pair" in text
+    assert "Not tested, because not measured apart by every row: Linf, robust." in text
+
+
+def test_a_double_is_tested_under_its_own_name(
+    script: ModuleType, stored_folder: Path, tmp_path: Path
+) -> None:
+    stored = load_run(stored_folder)
+    runs = protocol_report.compared(
+        [entry(name, tmp_path) for name in ("at", "rift")], [stored] * 2
+    )
+    against = compare_runs(runs, with_first=True)
+    doubled = dataclasses.replace(
+        against, metrics=("clean", "robust"), doubles={"Linf/robust": "Linf/apgd-dlr"}
+    )
+    kind = script.KINDS["images"]
+    assert protocol_report.tested_metrics(kind, doubled) == ["clean", "Linf/robust", "robust"]
+    assert protocol_report.tested_metrics(kind, against) == ["clean"]
 
 
 # --- from end to end -----------------------------------------------------------------------------
@@ -603,11 +621,11 @@ def runs(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Runs:
         return {"clean": 0.5 + value, "Linf/robust": 0.5 - 0.9 * value}, 7.0
 
     found = Runs()
-    monkeypatch.setattr(script, "run", found)
+    monkeypatch.setattr(protocol, "run", found)
     monkeypatch.setattr(script, "connect", lambda _: contextlib.nullcontext(Session()))
     monkeypatch.setattr(script, "EventPump", lambda _: io.StringIO())
-    monkeypatch.setattr(script, "start_state", lambda _: {"value": torch.tensor(0.0)})
-    monkeypatch.setattr(script.Bench, "judge", judge)
+    monkeypatch.setattr(protocol, "start_state", lambda _: {"value": torch.tensor(0.0)})
+    monkeypatch.setattr(protocol.Bench, "judge", judge)
     columns = {"clean": "clean", "Linf": "Linf/robust"}
     kind = dataclasses.replace(script.KINDS["images"], columns=columns)
     monkeypatch.setitem(script.KINDS, "images", kind)
@@ -651,11 +669,11 @@ def test_an_interrupted_comparison_goes_on(
         runs(experiment, run_dir=run_dir)
 
     runs.names.clear()
-    monkeypatch.setattr(script, "run", dies)
+    monkeypatch.setattr(protocol, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         script.compare(options)
     assert runs.names == ["search-at", "search-full", "row-at"]
-    monkeypatch.setattr(script, "run", runs)
+    monkeypatch.setattr(protocol, "run", runs)
     assert script.compare(options)[1] == undisturbed
     assert runs.names == ["search-at", "search-full", "row-at", "row-full"]
 
@@ -747,5 +765,5 @@ def test_the_protocol_runs_and_goes_on(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("everything is finished")
 
-    monkeypatch.setattr(script, "run", refuse)
+    monkeypatch.setattr(protocol, "run", refuse)
     assert script.compare(options)[1] == text

@@ -1,5 +1,8 @@
 """The methods: one file each, and the dictionary by which everything else finds them."""
 
+from typing import Any
+
+from robustft.errors import ConfigError
 from robustft.methods import (
     adversarial,
     autolora,
@@ -21,6 +24,7 @@ __all__ = [
     "adversarial",
     "autolora",
     "instances",
+    "method_name",
     "multinorm",
     "natural",
     "rift",
@@ -118,3 +122,11 @@ METHODS: dict[str, Method] = {
     ),
 }
 """Every method by its name on the command line and in presets."""
+
+
+def method_name(config: Any) -> str:
+    """Return the key in METHODS whose config class is that of ``config``."""
+    for name, method in METHODS.items():
+        if type(config) is method.config:
+            return name
+    raise ConfigError(f"{type(config).__name__} is no method's config; methods: {sorted(METHODS)}")

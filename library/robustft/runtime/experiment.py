@@ -17,7 +17,7 @@ from robustft.data.text_sets import TEXT_DATASETS
 from robustft.errors import ConfigError, UnknownNameError
 from robustft.evaluation import EvaluationConfig
 from robustft.evaluation.text_evaluate import TextEvaluationConfig
-from robustft.methods import METHODS
+from robustft.methods import METHODS, method_name
 from robustft.methods.interpolation import InterpolateConfig
 from robustft.methods.natural import NaturalConfig
 from robustft.methods.rift_config import RiftConfig
@@ -315,14 +315,6 @@ class Experiment:
 
 EVALUATIONS: Mapping[str, type[Any]] = {"images": EvaluationConfig, "text": TextEvaluationConfig}
 """What a task holds -> how its models are measured."""
-
-
-def method_name(config: Any) -> str:
-    """Return the key in METHODS whose config class is that of ``config``."""
-    for name, method in METHODS.items():
-        if type(config) is method.config:
-            return name
-    raise ConfigError(f"{type(config).__name__} is no method's config; methods: {sorted(METHODS)}")
 
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:

@@ -1,0 +1,317 @@
+"""What a comparison of methods found: tables, picture, page and document."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from robustft.config import to_dict
+from robustft.errors import RunError
+from robustft.evaluation.comparison import (
+    ComparedRun,
+    Comparison,
+    Cost,
+    compare_runs,
+    pareto_front,
+)
+from robustft.evaluation.comparison_report import RunFacts, write_comparison_report
+from robustft.evaluation.intervals import mean_interval
+from robustft.runtime.jsonfile import write_json
+from robustft.runtime.outputs import command_line
+from robustft.runtime.protocol import Bench, Entry, Kind, ProtocolOptions, robust_mean
+from robustft.runtime.stored_runs import StoredRun, compared_run
+
+__all__ = ["compared", "conclude", "draw", "table", "tested"]
+
+START = "start"
+
+
+def compared(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> list[ComparedRun]:
+    """Return start and methods as they enter the tests.
+
+    Raises:
+        RunError: two methods did not begin at the same start.
+    """
+    found = []
+    first = stored[0]
+    if first.before is not None:
+        for one in stored:
+            same = one.before is not None and same_outcomes(first.before, one.before)
+            if not same:
+                raise RunError(
+                    f"{one.directory} and {first.directory} began at different starts: remove one "
+                    "of them and run the comparison again"
+                )
+        reference = compared_run(first, START)
+        found.append(
+            dataclasses.replace(reference, evaluations={"0": first.before}, cost=Cost(num_trials=0))
+        )
+    for entry, one in zip(entries, stored, strict=True):
+        run_of = compared_run(one, entry.name)
+        cost = dataclasses.replace(
+            run_of.cost,
+            forwards=entry.trial.forwards,
+            backwards=entry.trial.backwards,
+            all_forwards=entry.prepared.forwards + entry.trial.forwards * len(entry.candidates),
+            all_backwards=entry.prepared.backwards + entry.trial.backwards * len(entry.candidates),
+            all_seconds=entry.search_seconds,
+            num_trials=len(entry.candidates),
+        )
+        found.append(dataclasses.replace(run_of, cost=cost))
+    return found
+
+
+def same_outcomes(one: Any, other: Any) -> bool:
+    """Return whether two evaluations agree on every example."""
+    return one.masks.keys() == other.masks.keys() and all(
+        np.array_equal(mask, other.masks[name]) for name, mask in one.masks.items()
+    )
+
+
+def percent(values: Sequence[float], form: str = ".1f") -> str:
+    """Return mean and Student's interval over seeds in percent; of one value only itself."""
+    if not values:
+        return ""
+    mean = 100 * sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:{form}}"
+    low, high = (100 * bound for bound in mean_interval(values))
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def table(
+    entries: Sequence[Entry],
+    start: Mapping[str, float],
+    kind: Kind,
+    options: ProtocolOptions,
+    pairs: Comparison | None = None,
+) -> str:
+    """Return Markdown: accuracies on test, changes from the start, costs, and paired tests.
+
+    Args:
+        entries: in any order; rows stand in the order of the kind's methods.
+        start: metric -> accuracy on test; empty where there is no start that knows the task.
+        kind: gives columns and order.
+        options: seeds and tolerance.
+        pairs: every pair of methods.
+    """
+    order = list(kind.methods)
+    entries = sorted(entries, key=lambda entry: order.index(entry.name))
+    columns = {
+        title: metric
+        for title, metric in kind.columns.items()
+        if all(metric in entry.test for entry in entries)
+    }
+    rows = []
+    if start:
+        rows.append([START, *(percent([start[m]]) for m in columns.values()), ""])
+    for entry in entries:
+        notes = [f"{entry.field} {short(entry.chosen.value)}"]
+        notes += [] if entry.kept else ["robustness not kept on val"]
+        notes += [f"seed {seed} diverged" for seed in entry.failed]
+        cells = [percent(entry.test[metric]) for metric in columns.values()]
+        rows.append([entry.name, *cells, "; ".join(notes)])
+    lines = markdown(["", *columns, "chosen"], rows)
+    if start:
+        rows = []
+        for entry in entries:
+            changes = [[v - start[m] for v in entry.test[m]] for m in columns.values()]
+            rows.append([entry.name, *(percent(change, "+.1f") for change in changes)])
+        lines += ["", *markdown(["change from the start", *columns], rows)]
+    costs = ["cost", "trials", "search passes", "judging passes", "search s"]
+    costs += ["training passes", "training s", "worker MiB"]
+    rows = [
+        [
+            entry.name,
+            str(len(entry.candidates)),
+            number(entry.search_passes),
+            number(sum(one.judging for one in entry.candidates)),
+            number(entry.search_seconds),
+            number(entry.trial.total),
+            number(entry.seconds, ",.1f"),
+            number(entry.memory),
+        ]
+        for entry in entries
+    ]
+    lines += ["", *markdown(costs, rows)]
+    lines += ["", *tested(pairs, kind)]
+    seeds = ", ".join(map(str, options.seeds))
+    lines += [
+        "",
+        f"Test, percent: mean over seeds {seeds} of fine-tuning and 95 % interval (Student), one "
+        "start. Costs: passes of single examples, forwards and backwards, seconds on one worker; "
+        "judging is the protocol's look at val.",
+        f"Chosen on val: highest clean accuracy among trials that lose at most "
+        f"{100 * options.tolerance:g} points of the start's mean robust accuracy.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tested(pairs: Comparison | None, kind: Kind) -> list[str]:
+    """Return the differences between methods that Holm's procedure leaves, as a table."""
+    if pairs is None:
+        return []
+    titles = {metric: title for title, metric in kind.columns.items()}
+    rows = [
+        [
+            titles.get(one.metric, one.metric),
+            f"{one.other} - {one.one}",
+            f"{100 * one.change.value:+.1f}",
+            f"{one.adjusted:.2g}",
+            "yes" if one.within_seeds else "",
+        ]
+        for one in pairs.differences
+        if pairs.decided(one)
+    ]
+    names = ", ".join(titles.get(name, name) for name in pairs.metrics)
+    count = f"{len(rows)} of {len(pairs.differences)}"
+    text = (
+        f"Paired tests over examples of {names}, every pair, adjusted by Holm: {count} are decided."
+    )
+    missing = [titles.get(name, name) for name in kind.paired if name not in pairs.metrics]
+    if missing:
+        text += f" Not tested, because not measured apart by every row: {', '.join(missing)}."
+    lines = [text]
+    if rows:
+        header = ["", "difference", "points", "p", "no larger than between seeds"]
+        lines += ["", *markdown(header, rows)]
+    return lines
+
+
+def tested_metrics(kind: Kind, against: Comparison) -> list[str]:
+    """Return the metrics in which every pair is tested: those of ``kind`` that all rows measured.
+
+    Args:
+        kind: names them.
+        against: all rows against the first. A double there says the same of every example as
+            another metric of that page; here it is tested under its own name.
+    """
+    known = {*against.metrics, *against.doubles}
+    return [name for name in kind.paired if name in known]
+
+
+def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind: Kind) -> Figure:
+    """Draw clean against robust accuracy: rows on test, and every trial on val.
+
+    Args:
+        entries: the methods.
+        start: metric -> accuracy on test, or empty.
+        on_val: (clean, robust) of the start on val, or None.
+        kind: gives the attacked metrics.
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    test, val = figure.subplots(1, 2)
+    points = {entry.name: plane(entry.test, kind) for entry in entries}
+    if start:
+        points[START] = plane({name: [value] for name, value in start.items()}, kind)
+    front = pareto_front(points)
+    for index, (name, (clean, robust)) in enumerate(points.items()):
+        marker = "*" if name == START else "o"
+        color = "black" if name == START else f"C{index % 10}"
+        face = color if name in front else "none"
+        test.plot([clean], [robust], marker, color=color, markerfacecolor=face)
+        test.annotate(name, (clean, robust), xytext=(4, 3), textcoords="offset points", size=8)
+    line = sorted(points[name] for name in front)
+    test.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0)
+    for index, entry in enumerate(entries):
+        finished = [one for one in entry.candidates if not one.error]
+        places = [(100 * one.clean, 100 * one.robust) for one in finished]
+        style = {"color": f"C{index % 10}", "marker": "os^D"[index // 10 % 4]}
+        val.plot(
+            *zip(*places, strict=True), linestyle="", fillstyle="none", label=entry.name, **style
+        )
+        chosen = entry.chosen
+        val.plot([100 * chosen.clean], [100 * chosen.robust], linestyle="", **style)
+    if on_val is not None:
+        val.plot([100 * on_val[0]], [100 * on_val[1]], "*", color="black", label=START)
+    test.set_title("test, mean over seeds; filled: on the Pareto front", fontsize="small")
+    val.set_title("val, every trial; filled: chosen", fontsize="small")
+    val.legend(fontsize="x-small", ncols=2)
+    for axes in (test, val):
+        axes.set_xlabel("clean accuracy (%)")
+        axes.set_ylabel("robust accuracy, mean over attacks (%)")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def plane(test: Mapping[str, Sequence[float]], kind: Kind) -> tuple[float, float]:
+    """Return mean clean, and mean robust accuracy over threat models (text: attacks), percent."""
+    means = {name: sum(values) / len(values) for name, values in test.items() if values}
+    known = {name: value for name, value in means.items() if name in kind.columns.values()}
+    return 100 * known["clean"], 100 * robust_mean(known)
+
+
+def described(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> dict[str, RunFacts]:
+    """Return what identifies each method on the page."""
+    return {
+        entry.name: RunFacts(
+            facts={
+                "method": entry.method,
+                "chosen": f"{entry.field} {short(entry.chosen.value)}",
+                "robustness kept on val": "yes" if entry.kept else "no",
+                "trials": str(len(entry.candidates)),
+                "seeds": ", ".join(one.after),
+                "folder": str(one.directory),
+            },
+            command=one.command,
+            config=one.config,
+            versions=one.versions,
+        )
+        for entry, one in zip(entries, stored, strict=True)
+    }
+
+
+def conclude(
+    bench: Bench, entries: Sequence[Entry], stored: Sequence[StoredRun], on_val: Any
+) -> tuple[dict[str, Any], str]:
+    """Test, write everything; return the document and the table."""
+    kind, output = bench.kind, bench.output
+    runs = compared(entries, stored)
+    start: dict[str, float] = {}
+    against, pairs = None, None
+    if runs[0].name == START:
+        measured_start = runs[0].first.metrics
+        start = {m: float(measured_start[m]) for m in kind.columns.values() if m in measured_start}
+    if len(runs) > 1:
+        against = compare_runs(runs, with_first=True)
+        pairs = compare_runs(runs, metrics=tested_metrics(kind, against))
+        command = command_line(sys.argv)
+        write_comparison_report(
+            output,
+            against,
+            described=described(entries, stored),
+            title=f"{len(entries)} methods on {bench.task.name}, one protocol",
+            command=command,
+        )
+    text = table(entries, start, kind, bench.options, pairs)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    draw(entries, start, on_val, kind).savefig(output / "pareto.png", dpi=150)
+    document = {
+        "options": to_dict(bench.options),
+        "budget": bench.options.budget or kind.budget,
+        "sizes": dataclasses.asdict(bench.sizes),
+        "reference": None if on_val is None else {"clean": on_val[0], "robust": on_val[1]},
+        "start": start,
+        "methods": [{**to_dict(entry), "search_passes": entry.search_passes} for entry in entries],
+        "against_first": None if against is None else against.document(),
+        "pairs": None if pairs is None else pairs.document(),
+    }
+    write_json(output / "results.json", document)
+    return document, text
