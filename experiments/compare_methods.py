@@ -366,7 +366,10 @@ def compare(options: Options) -> tuple[dict[str, Any], str]:
         entries, stored = [], []
         for name, arm in arms.items():
             _, folder, seconds = searches[name]
-            entry, row = measured(bench, name, arm, candidates[name], on_val[1], folder, seconds)
+            like = stored[0].directory if stored else None
+            entry, row = measured(
+                bench, name, arm, candidates[name], on_val[1], folder, seconds, like
+            )
             entries.append(entry)
             stored.append(row)
         return conclude(bench, entries, stored, on_val)

@@ -106,7 +106,8 @@ def measured(
         network = dataclasses.replace(start, state=state).build()
         metrics = evaluate(network, task, config=config, map=mapper).metrics
         test = {name: metrics[name] for name in MEASURES if name in metrics}
-        found.append({**test, "overfit": model.overfit})
+        # Of one look at val there is no rise.
+        found.append({**test, "overfit": model.overfit} if len(model.curve) > 1 else test)
     return found
 
 

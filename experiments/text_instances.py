@@ -145,7 +145,8 @@ def measured(
         ]
         if levels:
             test[NOISE] = sum(levels) / len(levels)
-        found.append({**test, "overfit": model.overfit})
+        # Of one look at val there is no rise.
+        found.append({**test, "overfit": model.overfit} if len(model.curve) > 1 else test)
     return found
 
 

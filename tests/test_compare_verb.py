@@ -43,6 +43,12 @@ def test_compare_writes_a_page_and_a_document(runs: tuple[Path, Path], tmp_path:
     assert answer.text.rstrip().endswith("report.html")
     assert "toy fedcba" in answer.text
     json.dumps(answer.document)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for number in (1, 2):
+        # As on the page of the run, whose stored rows these are.
+        for name in ("interpolation", "criticality", "training"):
+            assert f'id="figure-run-{number}-{name}"' in text
+    assert "Measured on the val split." in text
 
 
 def test_names_and_metrics_can_be_chosen(runs: tuple[Path, Path], tmp_path: Path) -> None:

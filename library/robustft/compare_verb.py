@@ -201,6 +201,7 @@ def _names(given: Sequence[str], runs: Sequence["StoredRun"]) -> list[str]:
 
 def _facts(run: "StoredRun") -> "RunFacts":
     from robustft.evaluation.comparison_report import RunFacts
+    from robustft.runtime.stored_runs import run_panels
 
     summary = run.summary
     choices = summary["chosen"]["choices"][list(run.after).index(run.best)]
@@ -221,4 +222,5 @@ def _facts(run: "StoredRun") -> "RunFacts":
         command=run.command,
         config=run.config,
         versions=run.versions,
+        panels=run_panels(run),
     )

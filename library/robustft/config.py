@@ -144,17 +144,40 @@ def _is_mapping(origin: Any) -> bool:
 
 
 def _convert_union(options: Sequence[Any], value: Any, *, path: str) -> Any:
+    """Convert to the first member that fits, or say what keeps the value from the nearest one."""
     if value is None and type(None) in options:
         return None
-    errors = []
+    errors: list[tuple[tuple[bool, int], ConfigError]] = []
     for option in options:
         if option is type(None):
             continue
         try:
             return _convert(option, value, path=path)
         except ConfigError as error:
-            errors.append(error)
-    raise errors[0]
+            errors.append((_nearness(option, value), error))
+    # Of equally near ones the first.
+    raise max(errors, key=lambda one: one[0])[1]
+
+
+def _nearness(option: Any, value: Any) -> tuple[bool, int]:
+    """Return whether ``value`` has the form of a union's member, and how much of it is known.
+
+    A mapping has the form of dataclasses, and its keys are fields of them or not; a list that of
+    tuples, a text that of fixed words, a number that of numbers.
+    """
+    origin = typing.get_origin(option) or option
+    if dataclasses.is_dataclass(option):
+        if not isinstance(value, Mapping):
+            return False, 0
+        names = {field.name for field in dataclasses.fields(option) if field.init}
+        return True, sum(1 if key in names else -1 for key in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)), 0
+    if _is_mapping(origin):
+        return isinstance(value, Mapping), 0
+    if isinstance(value, (Mapping, list, tuple)):
+        return False, 0
+    return True, int(isinstance(value, str) == (origin in (Literal, str, Path)))
 
 
 def _convert_tuple(arguments: Sequence[Any], value: Any, *, path: str) -> tuple[Any, ...]:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import html.parser
+import itertools
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from test_comparison import SETTINGS, images, run
 
 from robustft.evaluation.comparison import ComparedRun, Comparison, Cost, compare_runs
@@ -17,7 +20,9 @@ from robustft.evaluation.comparison_report import (
     write_comparison_report,
 )
 from robustft.evaluation.intervals import mean_interval
+from robustft.evaluation.method_figures import Choice
 from robustft.evaluation.outcome import Flag
+from robustft.evaluation.report import method_panels
 
 EVIL = "<script>alert('x')</script>"
 
@@ -176,6 +181,62 @@ def test_every_name_is_escaped(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("<script") == 1, "only our own"
     assert EVIL in Page(text).text
+
+
+def test_every_run_is_a_tab_with_its_own_figures(tmp_path: Path) -> None:
+    rows = [{"trial": EVIL, "stage": EVIL, "epoch": e, "train/loss": 1 / e} for e in (1, 2)]
+    panels = list(method_panels({"epochs": rows}, Choice(EVIL)))
+    described = {
+        EVIL: about("a", 0.1)._replace(panels=panels),
+        "two": about("b", 0.2)._replace(panels=panels),
+    }
+    path = write_comparison_report(
+        tmp_path, comparison(EVIL), described={**described, "three": about("c", 0.3)}, title="t"
+    )
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert text.count("<script") == 1, "only our own"
+    tabs = [a for a in page.named("button") if a.get("role") == "tab"]
+    sections = [a for a in page.named("section") if a.get("class") == "run"]
+    assert [tab["aria-controls"] for tab in tabs] == [one["id"] for one in sections]
+    # The script shows the tabs: without it the sections stand below one another.
+    assert [a for a in page.named("div") if a.get("role") == "tablist" and "hidden" in a]
+    assert not any("hidden" in section for section in sections)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {"figure-run-1-training", "figure-run-2-training"} <= set(ids)
+    alts = [a["aria-label"] for a in page.named("div") if a.get("role") == "img"]
+    assert f"{EVIL}: loss and accuracy against the epoch" in alts
+    assert sorted(one.name for one in (tmp_path / "plots").iterdir()) == ["pareto.png"]
+
+
+def test_labels_of_close_runs_stand_apart() -> None:
+    """Twelve runs within a point of each other: all named, on no other label and no other point."""
+    found = comparison()
+    scores, runs = [], []
+    for number in range(12):
+        name = f"method-{number}"
+        runs.append(dataclasses.replace(found.runs[1], name=name))
+        for metric, value in (("clean", 0.60 + 0.004 * (number % 4)), ("Linf/pgd", 0.7)):
+            score = found.score("two", metric)
+            value += 0.006 * (number // 4)
+            estimate = dataclasses.replace(score.estimate, value=value)
+            scores.append(score._replace(run=name, estimate=estimate))
+    close = dataclasses.replace(found, runs=runs, scores=scores, front=("method-11",))
+    figure = pareto_plane(close)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = {text.get_text(): Text.get_window_extent(text, renderer) for text in axes.texts}
+    assert set(boxes) == {run.name for run in runs}
+    assert not [
+        pair for pair in itertools.combinations(boxes, 2) if boxes[pair[0]].overlaps(boxes[pair[1]])
+    ]
+    spots = axes.transData.transform(
+        [[100 * close.score(run.name, m).estimate.value for m in ("clean", "Linf/pgd")]
+         for run in runs]
+    )  # fmt: skip
+    assert not [name for name, box in boxes.items() if any(box.contains(*s) for s in spots)]
 
 
 def test_leaky_runs_and_what_is_left_out_come_first(tmp_path: Path) -> None:

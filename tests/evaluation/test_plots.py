@@ -220,35 +220,6 @@ def test_training_draws_only_the_columns_that_exist() -> None:
     assert len(only_loss.axes) == 1
 
 
-def test_training_draws_what_a_norm_sampler_did() -> None:
-    """In a panel of its own, which a stage without a sampler does not have."""
-    rows: list[dict[str, Any]] = [
-        {"stage": "start", "epoch": epoch, "train/loss": 2.0 / epoch, "val/clean": 0.1 * epoch}
-        for epoch in (1, 2, 3)
-    ]
-    rows += [
-        {
-            "stage": "fine-tuning",
-            "epoch": epoch,
-            "train/loss": 1.0 / epoch,
-            "val/union": 0.2 * epoch,
-            "sampler/Linf_share": 0.4,
-            "sampler/L1_share": 0.6,
-            "sampler/L1_error": 0.5,
-        }
-        for epoch in (1, 2)
-    ]
-    figure = plots.training_curves(rows)
-    shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert len(shown) == 5
-    assert [axes.get_ylabel() for axes in shown].count("norms drawn (%)") == 1
-    assert sum(axes.get_xlabel() == "epoch" for axes in shown) == 2
-    assert {"sampler/Linf_share", "sampler/L1_share", "sampler/L1_error"} <= set(texts(figure))
-    panel = next(axes for axes in shown if axes.get_ylabel() == "norms drawn (%)")
-    heights = {line.get_ydata()[0] for line in panel.lines if len(line.get_ydata()) == 2}
-    assert sorted(heights) == pytest.approx([40.0, 50.0, 60.0])
-
-
 def test_plane_labels_the_chosen_and_counts_those_that_stayed() -> None:
     rows = trials(30)
     for row in rows[:4]:

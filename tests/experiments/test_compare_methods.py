@@ -591,10 +591,15 @@ class Runs:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.known: dict[str, list[str]] = {}
 
     def __call__(self, experiment: Experiment, *, run_dir: Path) -> None:
-        self.names.append(run_dir.name.rpartition("-")[0])
+        name = run_dir.name.rpartition("-")[0]
+        self.names.append(name)
+        self.known[name] = [path.stem for path in run_dir.glob("items/*/*.npz")]
         write_run(run_dir)
+        (run_dir / "items" / "clean").mkdir(parents=True, exist_ok=True)
+        (run_dir / "items" / "clean" / f"{name}.npz").touch()
         record = {"experiment": experiment_to_dict(experiment), "command": "robustft"}
         write_json(run_dir / "run.json", record)
         for field, values in experiment.search.space.items():
@@ -639,6 +644,8 @@ def test_the_protocol_from_end_to_end(script: ModuleType, runs: Runs, tmp_path: 
     document, text = script.compare(options)
     names = ["search-at", "statistics", "search-flooding", "row-at", "row-flooding"]
     assert runs.names == names
+    # The start is measured on test by the first row alone: the next one has those items.
+    assert runs.known == {**dict.fromkeys(names, []), "row-flooding": ["row-at"]}
     at, flooding = document["methods"]
     # Three trials of continued training; that at 0.03 has lost more than a point.
     assert [one["value"] for one in at["candidates"]] == [0.01, 0.003, 0.03]

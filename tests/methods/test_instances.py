@@ -446,6 +446,8 @@ def test_statistics_of_another_split_of_the_same_size_are_refused(
         ({"collect": {"every": 0}}, "every = 0"),
         ({"collect": {"folder": "x", "attacks": []}}, "there is nothing to measure"),
         ({"collect": {"folder": "x", "transforms": ["blur"]}}, "strength of the corruption"),
+        ({"collect": {"folder": "s3://bucket/x"}}, "collect.folder = 's3://bucket/x'.*NFS"),
+        ({"group": {"statistics": "gs://bucket/x"}}, "group.statistics = 'gs://bucket/x'.*NFS"),
         ({"group": {"share": 0.0}}, "share = 0.0"),
         ({"epochs": 0}, "epochs = 0"),
     ],

@@ -1,5 +1,6 @@
 """Method "text-instances": statistics of a run on text, training on what they say, the study."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -7,7 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from text_fixtures import tiny_text_start, tiny_text_task
+from torch import Tensor, nn
 
 from robustft.config import from_dict, to_dict
 from robustft.data.text import TextTask
@@ -43,7 +45,8 @@ from robustft.models.text import TextStart
 from robustft.runtime.experiment import Experiment, StartConfig, load_experiment, with_values
 from robustft.runtime.jsonfile import write_json
 from robustft.runtime.results import save_result
-from robustft.training.context import LocalContext
+from robustft.training.context import LocalContext, PlainEngine
+from robustft.training.engine_options import EngineOptions
 from robustft.training.seeding import derive_seed
 from robustft.training.text_loader import TextLoader, text_rows
 
@@ -307,6 +310,41 @@ def test_a_run_is_plain_fine_tuning(task: TextTask, start: TextStart) -> None:
     assert [row["train/loss"] for row in result.tables["epochs"]] == pytest.approx(losses, rel=1e-4)
 
 
+def test_a_step_is_the_engines(whole: TextTask, task: TextTask) -> None:
+    """Parts, precision and clipping are its own: ZeRO clips elsewhere, DDP averages once a step."""
+    calls: list[Any] = []
+
+    class Recording(PlainEngine):
+        @contextlib.contextmanager
+        def computing(self, *, synchronise: bool = True) -> Iterator[None]:
+            calls.append(("computing", synchronise))
+            with super().computing(synchronise=synchronise):
+                yield
+
+        def backward(self, loss: Tensor) -> None:
+            calls.append("backward")
+            super().backward(loss)
+
+        def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+            calls.append(("clip", max_norm))
+            super().clip(parameters, max_norm)
+
+        def step(self) -> None:
+            calls.append("step")
+            super().step()
+
+    steady = tiny_text_start(whole, layers=1, dropout=0.0)
+    config = dataclasses.replace(SMALL, epochs=1, clip_norm=0.1)
+    engine = Recording(EngineOptions(accumulate=2))
+    parts = train(config, context(task, steady, engine=engine))
+    part = [("computing", False), "backward", ("computing", True), "backward"]
+    assert calls == [*part, ("clip", 0.1), "step"] * STEPS
+    undivided = train(config, context(task, steady))
+    for name in ("train/loss", "train/clean"):
+        first, second = (one.tables["epochs"][0][name] for one in (parts, undivided))
+        assert first == pytest.approx(second, rel=1e-4)
+
+
 def test_what_val_says_is_what_it_is(task: TextTask, start: TextStart) -> None:
     result = train(SMALL, context(task, start))
     model = dataclasses.replace(start, state=result.state).build()
@@ -464,6 +502,8 @@ def test_groups_that_cannot_be_made_are_refused(
         ({"collect": {"when": "later"}}, "'later'"),
         ({"collect": {"folder": "x", "attacks": [], "control": False}}, "nothing to measure"),
         ({"collect": {"attacks": [{"per": "word"}]}}, "'word'"),
+        ({"collect": {"folder": "s3://bucket/x"}}, "collect.folder = 's3://bucket/x'.*NFS"),
+        ({"group": {"statistics": "gs://bucket/x"}}, "group.statistics = 'gs://bucket/x'.*NFS"),
         ({"lr_warmup": 1.0}, "lr_warmup = 1.0"),
         ({"clip_norm": 0.0}, "clip_norm = 0.0"),
         ({"keep": "first"}, "'first'"),

@@ -31,14 +31,17 @@ def config(name: str, **fields: Any) -> Any:
     [
         (config("rose"), BF16, "set method.precision"),
         (config("rose"), PARTS, "set method.accumulate"),
-        (config("text-instances"), BF16, "leave runtime.precision"),
-        (config("text-instances"), PARTS, "leave runtime.accumulate"),
+        (config("text-instances"), BF16, None),
+        (config("text-instances"), PARTS, None),
         (config("multinorm"), PARTS, "batch by batch"),
         (config("twins"), PARTS, "other halves"),
-        (
-            config("instances", mitigation=MitigationConfig(kind="flooding", scope="batch")),
-            PARTS,
-            "choose scope 'instance'",
+        *(
+            (
+                config(name, mitigation=MitigationConfig(kind="flooding", scope="batch")),
+                PARTS,
+                "choose scope 'instance'",
+            )
+            for name in ("instances", "text-instances")
         ),
         (config("autolora"), RECOMPUTED, "leave runtime.checkpoint_activations off"),
         (config("autolora"), EngineOptions(compile=True), "leave runtime.compile off"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults import (
     CHECKPOINTS,
     points,
@@ -17,6 +18,7 @@ from faults import (
     wait_until,
     write_tiny,
 )
+from safetensors.torch import load_file
 from test_faults import Command
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
@@ -45,6 +47,10 @@ class Nodes:
         """Kill every process of a worker node at once, and start another node."""
         self._cluster.remove_node(self.workers[index], allow_graceful=False)
         self.workers[index] = self.add()
+
+    def take_away(self, index: int) -> None:
+        """Kill every process of a worker node at once; nothing takes its place."""
+        self._cluster.remove_node(self.workers[index], allow_graceful=False)
 
     def announce_loss(self, index: int, *, seconds: float) -> None:
         """Say that a node will be taken back: what a cloud's notice becomes in Ray."""
@@ -86,6 +92,12 @@ def search(folder: Path, nodes: Nodes, **runtime: Any) -> Command:
     return Command(
         folder, "search", write_tiny(folder, **runtime), "--json", RAY_ADDRESS=nodes.address
     )
+
+
+def train(folder: Path, nodes: Nodes, **runtime: Any) -> Command:
+    """Start the tiny experiment as one training by Ray Train."""
+    path = write_tiny(folder, search=False, **runtime)
+    return Command(folder, "train", path, "--json", RAY_ADDRESS=nodes.address)
 
 
 def finish(run: Command) -> None:
@@ -142,6 +154,37 @@ def test_a_straggler_is_waited_for(calm: Path, nodes: Nodes, tmp_path: Path) -> 
     finish(run)
     assert summary(tmp_path) == summary(calm)
     assert points(tmp_path) == points(calm)
+
+
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    """Begun on two nodes, ended on one: the weights of one worker that was never disturbed."""
+    calm, elastic = tmp_path / "calm", tmp_path / "elastic"
+    finish(train(calm, nodes))
+    run = train(elastic, nodes, workers=2, min_workers=1)
+    directory = run_folder(elastic)
+    wait_until(lambda: any(directory.glob("train/*/checkpoint_*/state.pt")), "a checkpoint")
+    nodes.take_away(1)
+    finish(run)
+    lines = "".join(run.lines)
+    assert "training on 2 worker(s)" in lines
+    assert "training on 1 worker(s)" in lines
+    assert points_by_name(elastic) == points_by_name(calm)
+    expected, found = (
+        load_file(folder / "model" / "model.safetensors")
+        for folder in (run_folder(calm), directory)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    nodes.workers[1] = nodes.add()
+
+
+def points_by_name(folder: Path) -> list[tuple[str, str, int]]:
+    """Return run, key and step of every metric in MLflow, each there once."""
+    found = sorted((run, key, step) for run, key, step, _ in points(folder).elements())
+    assert len(found) == len(set(found))
+    return found
 
 
 def stop_one_trial() -> int:

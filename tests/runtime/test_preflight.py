@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import re
 import shutil
 import socket
 import threading
@@ -108,6 +109,58 @@ def test_layers_cannot_be_ranked_under_a_new_head(pictures: Path) -> None:
     assert "rift looks for the layers" in found
     same = experiment(start={"method": AT, "head": "fresh"})
     assert "which a new head makes meaningless" in texts(validate(same))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"interpolate": {"curve_runs": 1}}, "interpolate goes back .* leave interpolate out"),
+        (
+            {"method": {"name": "fine-tune", "mode": "wise-ft"}},
+            "wise-ft' goes back .* another mode",
+        ),
+        (
+            {"method": {"name": "fine-tune"}, "search": {"space": {"mode": ["full", "wise-ft"]}}},
+            "wise-ft' goes back .* another mode",
+        ),
+    ],
+)
+def test_nothing_goes_back_to_a_start_that_gets_a_new_head(
+    pictures: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    """Found before the start is trained, not when the method's worker begins."""
+    found = texts(validate(transfer(pictures, **changes)))
+    assert re.search(sentence, found), found
+    # The same with a head that is kept, and a new head where nothing goes back.
+    assert texts(validate(experiment(**{"method": RFT, **changes}))) == ""
+    assert texts(validate(transfer(pictures, method={"name": "fine-tune"}))) == ""
+
+
+def test_attacks_of_everything_that_runs_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGD is tried where anything uses it: start.before and an interpolation as well."""
+    tried: list[str] = []
+
+    def pgd(*_: Any, norm: str, **__: Any) -> None:
+        tried.append(norm)
+
+    monkeypatch.setattr(preflight, "pgd", pgd)
+    multinorm = {"name": "multinorm"}
+
+    def found(**changes: Any) -> list[str]:
+        tried.clear()
+        threats = [{"norm": "Linf", "eps": 0.1}, {"norm": "L2", "eps": 1}]
+        values: dict[str, Any] = {
+            "task": {"limit_train": 20, "limit_test": 20, "threat_models": threats},
+            "method": multinorm,
+            "search": {"metric": "val/clean"},
+        }
+        assert texts(validate(experiment(**{**values, **changes}))) == ""
+        return list(tried)
+
+    assert found(start={"method": multinorm}) == []
+    assert found(start={"method": multinorm, "before": AT}) == ["Linf"]
+    assert found(start={"method": AT}) == ["Linf"]
+    assert found(start={"method": multinorm}, interpolate={"curve_runs": 1}) == ["Linf"]
 
 
 def test_a_start_that_has_seen_what_is_measured_is_found() -> None:

@@ -27,7 +27,8 @@ from robustft.runtime.experiment import (
     method_name,
 )
 from robustft.runtime.results import load_result
-from robustft.runtime.run import Report, Running, resume, run
+from robustft.runtime.run import Report, resume, run
+from robustft.runtime.running import Running
 from robustft.runtime.session import Session
 from robustft.runtime.starts import fit_to_task, load_or_fresh
 from robustft.runtime.stored import StoredMap

@@ -12,8 +12,9 @@ import pytest
 from robustft.data import Split, Task
 from robustft.data.text import TextTask
 from robustft.errors import ConfigError, DataError
+from robustft.evaluation import plots
 from robustft.evaluation.outcome import Evaluation, Strip
-from robustft.evaluation.report import ReportData
+from robustft.evaluation.report import ReportData, write_report
 from robustft.evaluation.text_outcome import TextEvaluation
 from robustft.methods import Result
 from robustft.models import Start
@@ -243,7 +244,8 @@ def test_sizes_that_nothing_tells_are_not_shown(stored: StoredRun) -> None:
 
 
 def test_pictures_are_not_thrown_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(directory: Path, data: ReportData) -> Path:
+    def quick(directory: Path, data: ReportData, *, further: object) -> Path:
+        assert further == []
         path = directory / "report.html"
         path.write_text(data.title, encoding="utf-8")
         return path
@@ -308,6 +310,52 @@ def test_text_and_images_are_told_apart_by_their_files(folder: Path) -> None:
     found = load_run(folder)
     assert isinstance(found.after["1"], TextEvaluation)
     assert isinstance(found.after["0"], Evaluation)
+
+
+def configured(stored: StoredRun, **changes: Any) -> StoredRun:
+    """Return the run as if it had been of another configuration, from a trained start."""
+    values = {**experiment_to_dict(experiment()), "start": {"checkpoint": "x"}, "search": {}}
+    config = experiment_to_dict(experiment_from_dict({**values, **changes}))
+    return dataclasses.replace(stored, record={**stored.record, "experiment": config})
+
+
+@pytest.mark.parametrize(
+    ("changes", "points"),
+    [
+        ({}, 1),  # of the method itself, RiFT
+        ({"method": {"name": "at"}}, 0),
+        ({"method": {"name": "at"}, "interpolate": {"tolerance": 0.02}}, 2),
+        (
+            {
+                "method": {
+                    "name": "fine-tune",
+                    "mode": "wise-ft",
+                    "interpolate": {"tolerance": 0.03},
+                }
+            },
+            3,
+        ),
+    ],
+)
+def test_what_the_line_may_cost_is_what_chose_on_it(
+    changes: dict[str, Any], points: float, stored: StoredRun
+) -> None:
+    data = stored_report_data(configured(stored, **changes))
+    assert 100 * data.tolerance == pytest.approx(points)
+
+
+def test_the_figure_of_the_trials_says_the_tolerance(
+    folder: Path, stored: StoredRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shaded: list[tuple[float, str]] = []
+    monkeypatch.setattr(
+        plots, "shade_below", lambda axes, level, text: shaded.append((level, text))
+    )
+    run = configured(stored, method={"name": "at"}, interpolate={"tolerance": 0.02})
+    write_report(folder, stored_report_data(run))
+    # The start keeps half of val, from which the tolerance is counted.
+    levels = {text: level for level, text in shaded}
+    assert levels["tolerance: start - 2 points"] == pytest.approx(48.0)
 
 
 @pytest.mark.parametrize(

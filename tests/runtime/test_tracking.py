@@ -24,9 +24,9 @@ from robustft.errors import ConfigError, ResourceError, RunError
 from robustft.evaluation.suites import SUITES, EvaluationConfig
 from robustft.methods import METHODS
 from robustft.runtime.experiment import experiment_from_dict, load_experiment
-from robustft.runtime.mlflow_store import LOCAL_ID_TAG, clean_key
+from robustft.runtime.mlflow_store import LOCAL_ID_TAG, MlflowStore, clean_key
 from robustft.runtime.registry import ALIASES, Score, best_version, score_tags, settle_aliases
-from robustft.runtime.spool import Spool, mask
+from robustft.runtime.spool import Progress, Spool, mask
 from robustft.runtime.tracking import Backoff, Tracker, default_uri, replay
 from robustft.runtime.ui import serve_ui
 from robustft.runtime.vocabulary import headline, is_known_metric, parameters, user_tags
@@ -227,6 +227,75 @@ def test_replay_after_lost_progress_duplicates_nothing(storage: Path, open_track
     (progress,) = directory.glob("tracking/replayed-*.json")
     progress.write_text("{")
     assert replay(directory).records > 10
+    check_small_experiment(storage)
+
+
+def unsent(open_tracker: Open, directory: Path, port: int) -> None:
+    """Leave the records of a small experiment of which MLflow has none."""
+    tracker = open_tracker(directory, tracking_uri=f"http://127.0.0.1:{port}")
+    log_small_experiment(tracker, directory)
+    assert not tracker.flush(PATIENCE)
+    tracker.close(timeout=5)
+
+
+def test_a_chunk_is_marked_once_and_sent_again_after_a_kill(
+    storage: Path, open_tracker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last record and the mark: MLflow has all, the file says nothing of it."""
+    directory = storage / "sweep" / "1"
+    with closed_port() as port:
+        unsent(open_tracker, directory, port)
+    saved: list[int] = []
+    save = Progress.save
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Progress) -> None:
+        saved.append(self.offset)
+        raise Killed
+
+    def counted(self: Progress) -> None:
+        saved.append(self.offset)
+        save(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "save", killed)
+        with pytest.raises(Killed):
+            replay(directory, tracking_uri=default_uri(storage))
+    check_small_experiment(storage)
+    monkeypatch.setattr(Progress, "save", counted)
+    records = replay(directory, tracking_uri=default_uri(storage)).records
+    assert records > 10
+    check_small_experiment(storage)
+    size = (directory / "tracking" / "records.jsonl").stat().st_size
+    assert saved == [size, size]
+
+
+def test_what_was_sent_before_a_failure_is_marked(
+    storage: Path, open_tracker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = storage / "sweep" / "1"
+    with closed_port() as port:
+        unsent(open_tracker, directory, port)
+    sent: list[str] = []
+    apply = MlflowStore._apply
+
+    def failing(self: MlflowStore, record: Any) -> None:
+        if record["kind"] == "artifact":
+            raise ConnectionError("away")
+        sent.append(record["kind"])
+        apply(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowStore, "_apply", failing)
+        with pytest.raises(RunError, match="away"):
+            replay(directory, tracking_uri=default_uri(storage))
+    assert sent.count("start") == 2
+    lines = (directory / "tracking" / "records.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    left = len(kinds) - kinds.index("artifact")
+    assert replay(directory, tracking_uri=default_uri(storage)).records == left
     check_small_experiment(storage)
 
 

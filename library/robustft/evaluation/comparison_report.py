@@ -1,7 +1,7 @@
 """The page of a comparison: one self-contained HTML page, its figure as PNG, and the same as text.
 
-The page needs no network. Without JavaScript everything on it can be read; with it, tables sort and
-points of the figure say their numbers on hover, on touch and on focus.
+The page needs no network. Without JavaScript everything on it can be read; with it, tables sort,
+runs are tabs, and points of figures say their numbers on hover, on touch and on focus.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import yaml
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,13 +19,13 @@ from robustft.config import to_dict
 from robustft.evaluation.comparison import ComparedRun, Comparison, Difference, Score
 from robustft.evaluation.drawing import (
     CHOSEN,
-    HALO,
     INK,
     PAPER,
     REST,
     STYLE,
     Label,
     blank_figure,
+    inline_svg,
     place_labels,
     tip,
 )
@@ -71,21 +72,26 @@ class RunFacts(NamedTuple):
         command: the exact command that started it.
         config: the whole configuration, nested.
         versions: package -> version.
+        panels: figures of what the run recorded; each name once.
     """
 
     facts: Mapping[str, str]
     command: str
     config: Mapping[str, Any]
     versions: Mapping[str, str]
+    panels: Sequence[Panel] = ()
 
 
-class _Described(NamedTuple):
-    """The same with the configuration as text."""
+class _Tab(NamedTuple):
+    """What the page shows of a run: the same with the configuration and the figures as text."""
 
+    name: str
     facts: Mapping[str, str]
     command: str
     config: str
     versions: Mapping[str, str]
+    panels: Sequence[Panel]
+    drawings: Mapping[str, Markup]
 
 
 def write_comparison_report(
@@ -123,18 +129,31 @@ def write_comparison_report(
         "costs": _cost_table(comparison.runs),
         "settings": _settings_table(configs),
         "recipes": _recipe_table(comparison),
-        "described": {
-            name: _Described(
-                about.facts,
-                about.command,
-                yaml.safe_dump(to_dict(about.config), sort_keys=False, width=88),
-                about.versions,
-            )
-            for name, about in described.items()
-        },
+        "tabs": [
+            _tab(name, about, f"run-{number}")
+            for number, (name, about) in enumerate(described.items(), start=1)
+        ],
         "command": command,
     }
     return write_page(directory, "comparison.html.j2", list(_panels(comparison)), values)
+
+
+def _tab(name: str, about: RunFacts, prefix: str) -> _Tab:
+    """Return what the page shows of a run; ``prefix`` makes its ids the only ones on the page."""
+    panels = [
+        panel._replace(name=f"{prefix}-{panel.name}", alt=f"{name}: {panel.alt}")
+        for panel in about.panels
+    ]
+    return _Tab(
+        name,
+        about.facts,
+        about.command,
+        yaml.safe_dump(to_dict(about.config), sort_keys=False, width=88),
+        about.versions,
+        panels,
+        # Our own drawing: every text in it has become outlines or an escaped title.
+        {panel.name: Markup(inline_svg(panel.name, panel.figure)) for panel in panels},
+    )
 
 
 def comparison_lines(comparison: Comparison) -> str:
@@ -194,12 +213,7 @@ def pareto_plane(comparison: Comparison) -> Figure:
         axes.set_xlabel(f"{clean} accuracy (%)")
         axes.set_ylabel(f"{robust} accuracy (%)")
         axes.set_title("Pareto front" if len(labels) > 1 else "Accuracy")
-        for label in labels:
-            # One by one: a name that is a part of another would be taken for the same.
-            others = [(x, y, "", False) for x, y, name, _ in labels if name != label[2]]
-            place_labels(figure, axes, [label, *others])
-        for text in axes.texts:
-            text.set_bbox(HALO)
+        place_labels(figure, axes, labels, every=True)
     return figure
 
 

@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.path import Path as Path2D
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from robustft.errors import ResourceError
 
@@ -37,6 +39,7 @@ __all__ = [
     "blank_figure",
     "end_labels",
     "eps_text",
+    "inline_svg",
     "place_labels",
     "save_figures",
     "shade_below",
@@ -77,8 +80,12 @@ MIN_SPAN = 1.0
 """Percentage points: narrower axes would make noise look like an effect."""
 HEADROOM = 0.2
 """Share of an axis kept free above the data, where notes stand."""
-NEAR = 15.0
+NEAR = 12.0
 """Points: a label farther from its point than this needs a line to it."""
+MARKER = 4.5
+"""Points: half the width of a marker with its edge, which labels leave free."""
+PADDING = 1.5
+"""Points: how far a label's halo goes beyond its text."""
 LEADER: dict[str, Any] = {"arrowstyle": "-", "color": INK, "linewidth": 0.8, "shrinkB": 5}
 HALO: dict[str, Any] = {
     "boxstyle": "round,pad=0.15",
@@ -130,11 +137,7 @@ _TIP = "tip: "
 
 
 def save_figures(figures: Mapping[str, Figure], directory: str | Path) -> dict[str, str]:
-    """Write ``<name>.png`` for every figure and return the figures as SVG to put into HTML.
-
-    The SVG follows the page: its colours are the CSS variables of THEME, its size is the page's
-    choice, points carry ``<title>`` elements that browsers show on hover, and its ids are prefixed
-    with the name, so that several may stand in one page.
+    """Write ``<name>.png`` for every figure and return the figures as ``inline_svg`` does.
 
     Raises:
         ResourceError: a file cannot be written.
@@ -151,11 +154,17 @@ def save_figures(figures: Mapping[str, Figure], directory: str | Path) -> dict[s
             raise ResourceError(
                 f"cannot write {path} ({error.strerror}): make room or choose another folder"
             ) from error
-        inline[name] = _inline_svg(name, figure)
+        inline[name] = inline_svg(name, figure)
     return inline
 
 
-def _inline_svg(name: str, figure: Figure) -> str:
+def inline_svg(name: str, figure: Figure) -> str:
+    """Return a figure as SVG to put into HTML.
+
+    It follows the page: its colours are the CSS variables of THEME, its size is the page's choice,
+    points carry ``<title>`` elements that browsers show on hover, and its ids are prefixed with
+    the name, so that several may stand in one page.
+    """
     buffer = StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -280,46 +289,117 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]], *, at: float)
         )
 
 
-def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Label points where there is room: important ones first, each text once, few in all."""
+def place_labels(
+    figure: Figure, axes: Axes, labels: Sequence[Label], *, every: bool = False
+) -> None:
+    """Label points where there is room: important ones first, each text once, few in all.
+
+    Args:
+        figure: drawn already, but for its labels; its limits stay.
+        axes: with the points.
+        labels: points and what they are called; those without a text are only kept free.
+        every: label all points, the unimportant ones too, however many they are. What finds no
+            room beside its point stands farther away, with a line to it.
+    """
     figure.draw_without_rendering()
-    canvas = FigureCanvasAgg(figure)
-    renderer = canvas.get_renderer()
-    frame = axes.get_window_extent(renderer)
-    spots = axes.transData.transform([(x, y) for x, y, _, _ in labels])
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    points = figure.dpi / 72
+    spots = [axes.transData.transform((x, y)) for x, y, _, _ in labels]
+    taken = [text.get_window_extent(renderer) for text in axes.texts]
+    taken += [Bbox([spot - MARKER * points, spot + MARKER * points]) for spot in spots]
     most = MOST_LABELS if len(labels) <= CROWDED else 0
     used: set[str] = set()
-    for x, y, text, bold in sorted(labels, key=lambda label: not label[3]):
-        known = any(text in other for other in used)
-        if not text or known or (not bold and len(used) >= most):
+    lines: list[Path2D] = []
+    order = sorted(zip(labels, spots, strict=True), key=lambda pair: not pair[0][3])
+    for (x, y, text, bold), spot in order:
+        known = text in used if every else any(text in other for other in used)
+        if not text or known or (not (bold or every) and len(used) >= most):
             continue
         style: dict[str, Any] = {"va": "center", "size": SMALL, "color": MUTED, "zorder": 6}
         if bold:
             style |= {"size": 8, "color": INK, "weight": "bold"}
-        for dx, dy in _offsets(far=bold):
-            across = "left" if dx > 0 else "right" if dx < 0 else "center"
-            leader = {**LEADER, "alpha": float(math.hypot(dx, dy) > NEAR)}
-            label = axes.annotate(
-                text,
-                (x, y),
-                (dx, dy),
-                textcoords="offset points",
-                ha=across,
-                arrowprops=leader if bold else None,
-                **style,
-            )
-            label.set_in_layout(False)
-            label.update_positions(renderer)
-            box = Text.get_window_extent(label, renderer)  # Without the leader.
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
-            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                used.add(text)
-                break
-            label.remove()
+        measured = axes.annotate(text, (x, y), **style)
+        size = np.asarray(measured.get_window_extent(renderer).size)
+        measured.remove()
+        offsets = _offsets(far=bold or every)
+        places = [_Place.at(spot, size, offset, points) for offset in offsets]
+        free = [place for place in places if place.is_free(axes.bbox, taken, lines)]
+        # Where every leader runs over something, one that does is better than no name.
+        place = next((one for one in free if not one.crosses(taken, lines)), None)
+        place = place or (free[0] if free else None)
+        if place is None:
+            continue
+        label = axes.annotate(
+            text,
+            (x, y),
+            place.offset,
+            textcoords="offset points",
+            ha=_alignment(place.offset[0]),
+            bbox=HALO,
+            arrowprops=None if place.leader is None else LEADER,
+            **style,
+        )
+        label.set_in_layout(False)
+        taken.append(place.box)
+        used.add(text)
+        lines += [] if place.leader is None else [place.leader]
+
+
+class _Place(NamedTuple):
+    """Where a label may stand.
+
+    Args:
+        offset: of the text from its point, in points.
+        box: text and halo, in pixels.
+        leader: line from the point to the text, in pixels; None where the text is beside it.
+        spot: the point, in pixels.
+    """
+
+    offset: tuple[float, float]
+    box: Bbox
+    leader: Path2D | None
+    spot: NDArray[np.float64]
+
+    @classmethod
+    def at(
+        cls,
+        spot: NDArray[np.float64],
+        size: NDArray[np.float64],
+        offset: tuple[float, float],
+        points: float,
+    ) -> "_Place":
+        """Return the place of a text of ``size`` pixels; ``points``: pixels of a point."""
+        end = spot + points * np.array(offset)
+        share = {"left": 0.0, "center": 0.5, "right": 1.0}[_alignment(offset[0])]
+        box = Bbox.from_bounds(*(end - size * (share, 0.5)), *size).padded(PADDING * points)
+        far = math.hypot(*offset) > NEAR
+        return cls(offset, box, Path2D([spot, end]) if far else None, spot)
+
+    def is_free(self, frame: Bbox, taken: Iterable[Bbox], lines: Iterable[Path2D]) -> bool:
+        """Say whether the label is inside, on nothing else, and across no leader."""
+        box = self.box
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+        return (
+            inside
+            and frame.y0 <= box.y0
+            and box.y1 <= frame.y1
+            and not any(box.overlaps(other) for other in taken)
+            and not any(line.intersects_bbox(box) for line in lines)
+        )
+
+    def crosses(self, taken: Iterable[Bbox], lines: Iterable[Path2D]) -> bool:
+        """Say whether the leader runs over a label, another point or another leader."""
+        if self.leader is None:
+            return False
+        others = (box for box in taken if not box.contains(*self.spot))
+        return any(self.leader.intersects_bbox(box) for box in others) or any(
+            self.leader.intersects_path(line) for line in lines
+        )
+
+
+def _alignment(across: float) -> str:
+    """Return how a text is aligned that stands ``across`` points right of its point."""
+    return "left" if across > 0 else "right" if across < 0 else "center"
 
 
 def signed(value: float) -> str:
@@ -338,7 +418,8 @@ def eps_text(norm: str, eps: float) -> str:
 
 def _offsets(*, far: bool) -> Iterator[tuple[float, float]]:
     """Yield offsets in points, nearest first; only labels with a leader may go far."""
+    beside, apart = (0, 180, 45, 135, -45, -135, 90, -90), (45, 135, 90, -45, -135, -90, 0, 180)
     for radius in (9, *range(14, 150, 8)) if far else (9,):
-        for angle in (0, 180, 45, 135, -45, -135, 90, -90) if radius < NEAR else (45, 135, 90):
+        for angle in beside if radius < NEAR else apart:
             across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             yield (round(radius * across, 3), round(radius * up, 3))

@@ -260,6 +260,7 @@ def draw(models: Sequence[Model], found: Sequence[Effect]) -> Figure:
         means = [sum(curve[epoch] for curve in own) / len(own) for epoch in epochs]
         label = which if share is None else f"{which} {share:g}"
         style = {"color": f"C{groups.index(which)}", "linestyle": styles.get(share, "-.")}
+        style["marker"] = "o" if len(epochs) == 1 else ""
         curves.plot(epochs, means, label=label, **style)
     curves.set_xlabel("epoch")
     curves.set_ylabel("clean loss on val (nats)")

@@ -231,7 +231,7 @@ def _note_clipped(axes: Axes, lowest: float) -> None:
 
 
 def training_curves(rows: Rows, *, trial: str | None = None) -> Figure:
-    """Draw loss, accuracies and what a norm sampler did against the epoch, one column per stage.
+    """Draw loss and accuracies against the epoch, one column per stage.
 
     Args:
         rows: epoch, whatever metrics there are ("train/loss", "val/clean": fractions), and
@@ -243,12 +243,7 @@ def training_curves(rows: Rows, *, trial: str | None = None) -> Figure:
     metrics = list(dict.fromkeys(key for row in rows for key in row))
     losses = [name for name in metrics if "loss" in name]
     shares = [name for name in metrics if re.search(ACCURACY, name)]
-    drawn = [name for name in metrics if name.startswith("sampler/")]
-    rows_of_panels = (
-        ("loss (nats)", 1.0, losses),
-        ("accuracy (%)", 100.0, shares),
-        ("norms drawn (%)", 100.0, drawn),
-    )
+    rows_of_panels = (("loss (nats)", 1.0, losses), ("accuracy (%)", 100.0, shares))
     panels = [(label, factor, names) for label, factor, names in rows_of_panels if names]
     if not panels:
         raise ValueError("training curves need a column such as train/loss or val/clean")
@@ -262,7 +257,7 @@ def training_curves(rows: Rows, *, trial: str | None = None) -> Figure:
             lowest = grid[0, column]
             for axes, (label, factor, names) in zip(grid[:, column], panels, strict=True):
                 if not any(_finite(row.get(name)) for row in part for name in names):
-                    axes.set_visible(False)  # A stage that draws no norms.
+                    axes.set_visible(False)
                     continue
                 _training_panel(axes, _groups(part), names, factor=factor, trial=trial, last=last)
                 lowest = axes

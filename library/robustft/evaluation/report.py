@@ -18,6 +18,7 @@ from robustft.config import to_dict
 from robustft.errors import ResourceError
 from robustft.evaluation import plots
 from robustft.evaluation.drawing import THEME
+from robustft.evaluation.method_figures import Choice, drawable
 from robustft.evaluation.summary import (
     Estimate,
     ReportData,
@@ -98,13 +99,29 @@ class Panel(NamedTuple):
     affected: bool = False
 
 
-def write_report(directory: str | Path, data: ReportData) -> Path:
+def write_report(directory: str | Path, data: ReportData, *, further: Sequence[Panel] = ()) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``directory`` and return the page's path.
+
+    Args:
+        directory: made if it is missing.
+        data: what the page shows.
+        further: figures of what lies in files beside the rows: data map, loss surfaces.
 
     Raises:
         ResourceError: a file cannot be written.
     """
-    panels = [*_choice_panels(data), *_other_panels(data)]
+    tables = {
+        "interpolation": data.interpolation,
+        "criticality": data.criticality,
+        "epochs": data.epochs,
+    }
+    choice = Choice(data.trial, data.chosen.get("alpha"), data.tolerance, data.selection_split)
+    panels = [
+        *_trial_panels(data),
+        *method_panels(tables, choice),
+        *_corruption_panels(data),
+        *further,
+    ]
     values = {
         "data": data,
         "verdict": verdict(data),
@@ -170,52 +187,47 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _choice_panels(data: ReportData) -> Iterator[Panel]:
-    """Yield the figures that show how the choice was made."""
-    ours = [row for row in data.interpolation if _ours(row, data)]
-    start = next(((row["clean"], row["robust"]) for row in ours if row["alpha"] == 0), None)
-    if ours and "alpha" in data.chosen:
+def method_panels(tables: Mapping[str, Sequence[Row]], choice: Choice) -> Iterator[Panel]:
+    """Yield the figures that the rows of a run allow, each with its numbers.
+
+    Args:
+        tables: see ``method_figures.drawable``.
+        choice: what of the run is drawn.
+    """
+    for name, kind in drawable(tables, choice).items():
+        rows = tables[kind.table]
+        shown = [row for row in rows if _of_trial(row, choice.trial)]
         yield Panel(
-            "interpolation",
-            plots.interpolation_curve(
-                data.interpolation,
-                alpha=data.chosen["alpha"],
-                tolerance=data.tolerance,
-                trial=data.trial,
-            ),
-            "clean and robust accuracy against the interpolation weight alpha",
-            f"Measured on {data.selection_split}. Among the points whose robust accuracy is not "
-            "below the dotted line, the one with the highest clean accuracy is taken.",
-            _grid(ours, keep=("alpha", "clean", "robust")),
-            affected=True,
+            name,
+            kind.draw(rows, choice),
+            kind.alt,
+            kind.caption.format(split=choice.split),
+            None if kind.keep is None else _grid(shown or rows, keep=kind.keep),
+            kind.affected,
         )
+
+
+def _trial_panels(data: ReportData) -> Iterator[Panel]:
     finished = [row for row in _trials(data) if _finite(row, "val/clean", "val/robust")]
-    if finished:
-        yield Panel(
-            "trials",
-            plots.trial_plane(
-                finished, start=start, tolerance=data.tolerance, curves=data.interpolation
-            ),
-            "trials in the plane of clean and robust accuracy",
-            f"Each dot is a finished trial on {data.selection_split}: right is more accurate, up "
-            "is more robust. Thin lines lead from the start to the fine-tuned weights; the chosen "
-            "trial's is green.",
-            None,
-            affected=True,
-        )
+    if not finished:
+        return
+    ours = [row for row in data.interpolation if _of_trial(row, data.trial)]
+    start = next(((row["clean"], row["robust"]) for row in ours if row["alpha"] == 0), None)
+    yield Panel(
+        "trials",
+        plots.trial_plane(
+            finished, start=start, tolerance=data.tolerance, curves=data.interpolation
+        ),
+        "trials in the plane of clean and robust accuracy",
+        f"Each dot is a finished trial on {data.selection_split}: right is more accurate, up "
+        "is more robust. Thin lines lead from the start to the fine-tuned weights; the chosen "
+        "trial's is green.",
+        None,
+        affected=True,
+    )
 
 
-def _other_panels(data: ReportData) -> Iterator[Panel]:
-    if data.criticality:
-        yield Panel(
-            "criticality",
-            plots.criticality_bars(data.criticality),
-            "robust criticality of every layer",
-            "How much the loss on stored adversarial images can be made to grow by moving one "
-            "layer's weights a little; right, by how much accuracy on them then drops. A short "
-            "bar suggests that the layer can be fine-tuned with little harm to robustness.",
-            _grid(data.criticality, keep=("layer", "criticality", "accuracy_drop")),
-        )
+def _corruption_panels(data: ReportData) -> Iterator[Panel]:
     if data.corruptions:
         yield Panel(
             "corruptions",
@@ -226,22 +238,16 @@ def _other_panels(data: ReportData) -> Iterator[Panel]:
             _grid(data.corruptions, keep=("corruption", "before", "after")),
             affected=True,
         )
-    if data.epochs:
-        shown = [row for row in data.epochs if row.get("trial") is None or _ours(row, data)]
-        yield Panel(
-            "training",
-            plots.training_curves(data.epochs, trial=data.trial),
-            "loss and accuracy against the epoch",
-            "Bold: the chosen trial. Dashed: accuracy on training batches, which is not "
-            "comparable to the solid lines on held-out examples.",
-            _grid(shown, keep=("stage", "epoch")),
-        )
 
 
 def _trials(data: ReportData) -> list[Row]:
     """Return the trials with the chosen one marked."""
     return [
-        {**row, "chosen": bool(row.get("chosen")) or (data.trial is not None and _ours(row, data))}
+        {
+            **row,
+            "chosen": bool(row.get("chosen"))
+            or (data.trial is not None and str(row.get("trial")) == data.trial),
+        }
         for row in data.trials
     ]
 
@@ -295,8 +301,9 @@ def _cell(name: str, value: Any) -> Cell:
     return Cell(f"{value:.4g}" if isinstance(value, float) else str(value), repr(value))
 
 
-def _ours(row: Row, data: ReportData) -> bool:
-    return data.trial is None or str(row.get("trial")) == data.trial
+def _of_trial(row: Row, trial: str | None) -> bool:
+    """Say whether a row is the trial's, or of none: the start's, a layer's."""
+    return trial is None or row.get("trial") is None or str(row["trial"]) == trial
 
 
 def _number(value: Any) -> bool:

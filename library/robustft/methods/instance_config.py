@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Protocol
 
 import tyro
 
+from robustft.data.storage import is_uri
 from robustft.errors import ConfigError
 from robustft.methods.common import AttackConfig
 from robustft.methods.instance_collector import Target
@@ -69,7 +70,17 @@ def check_collecting(options: CollectOptions) -> None:
     require_at_least(options, 1, "every", "batch_size", "shards")
     require_at_least(options, 0, "seed")
     if options.folder is not None:
+        _require_folder("collect.folder", options.folder)
         perturbation_parameters(options.perturbations)
+
+
+def _require_folder(field: str, place: str) -> None:
+    """Raise ConfigError for a URI: records are renamed into place, as only files can be."""
+    if is_uri(place):
+        raise ConfigError(
+            f"{field} = {place!r}: statistics of instances are files of a folder, so a URI cannot "
+            "hold them: name a folder that all workers see, a local disk or NFS"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +143,8 @@ class GroupConfig:
         require_choice(self, "which", Which)
         require_range(self, 0, 1, "share", open_low=True)
         require_at_least(self, 0, "seed")
+        if self.statistics is not None:
+            _require_folder("group.statistics", self.statistics)
         if self.which != "all" and self.statistics is None:
             raise ConfigError(
                 f"which = {self.which!r}: name the folder of an earlier run's statistics"

@@ -43,7 +43,7 @@ from robustft.methods.rose import linear_rate
 from robustft.models.text import TextModel, TextStart
 from robustft.training.checks import require_at_least, require_range
 from robustft.training.context import RunContext
-from robustft.training.loop import BatchLoss
+from robustft.training.loop import BatchLoss, pieces
 from robustft.training.optimizers import OptimizerConfig, build_optimizer, set_lr
 from robustft.training.schedules import ScheduleConfig
 from robustft.training.seeding import derive_seed, generator
@@ -218,7 +218,10 @@ def _run_epoch(
     *,
     epoch: int,
 ) -> dict[str, float]:
-    """Take the steps of an epoch (0-based); return "train/loss", "train/clean" and "lr"."""
+    """Take the steps of an epoch (0-based); return "train/loss", "train/clean" and "lr".
+
+    Each batch is computed in as many parts, and in the precision, that the engine's options say.
+    """
     engine, num_steps = context.engine, len(loader)
     totals = torch.zeros(3, dtype=torch.float64, device=context.device)
     rate = 0.0
@@ -234,15 +237,19 @@ def _run_epoch(
         )
         # Dropout of a resumed run is that of the undisturbed one, measured or not.
         torch.manual_seed(derive_seed(config.seed, "layers", epoch, step, context.rank))
-        loss, logits = batch_loss(network, batch, generator(config.seed, "step", epoch, step))
-        engine.backward(loss * batch.scale)
+        parts = list(pieces(batch, engine.options.accumulate))
+        for number, part in enumerate(parts, 1):
+            noise = generator(config.seed, "step", epoch, step)
+            with engine.computing(synchronise=number == len(parts)):
+                loss, logits = batch_loss(network, part, noise)
+            engine.backward(loss * part.scale)
+            if part.count:
+                totals[0] += loss.detach() * part.count
+                totals[1] += (logits.detach().argmax(1) == part.labels).sum()
+                totals[2] += part.count
         if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(engine.module.parameters(), config.clip_norm)
+            engine.clip(engine.module.parameters(), config.clip_norm)
         engine.step()
-        if batch.count:
-            totals[0] += loss.detach() * batch.count
-            totals[1] += (logits.detach().argmax(1) == batch.labels).sum()
-            totals[2] += batch.count
     loss_sum, correct, count = context.sum(totals).tolist()
     if not math.isfinite(loss_sum):
         raise NonFiniteLossError(

@@ -128,11 +128,6 @@ def _why_not_precision(config: Any) -> str | None:
             "rose has a precision of its own: set method.precision, and leave runtime.precision "
             "at 'float32'"
         )
-    if isinstance(config, TextInstancesConfig):
-        return (
-            "text-instances trains in float32 alone, as its statistics are compared between runs: "
-            "leave runtime.precision at 'float32'"
-        )
     return None
 
 
@@ -142,8 +137,6 @@ def _why_not_accumulate(config: Any) -> str | None:
             "rose cuts batches by a field of its own: set method.accumulate, and leave "
             "runtime.accumulate at 1"
         )
-    if isinstance(config, TextInstancesConfig):
-        return "text-instances trains on whole batches: leave runtime.accumulate at 1"
     if isinstance(config, MultiNormConfig):
         return (
             "multinorm draws norms and counts errors batch by batch, which parts of batches would "
@@ -154,7 +147,8 @@ def _why_not_accumulate(config: Any) -> str | None:
             "twins treats the two halves of a batch differently, and parts would have other "
             "halves: leave runtime.accumulate at 1, or lower method.batch_size"
         )
-    if isinstance(config, InstancesConfig) and config.mitigation.scope == "batch":
+    treats_loss = isinstance(config, (InstancesConfig, TextInstancesConfig))
+    if treats_loss and config.mitigation.scope == "batch":
         return (
             "mitigation.scope = 'batch' looks at the mean loss of a batch, which its parts do not "
             "know: choose scope 'instance', or leave runtime.accumulate at 1"

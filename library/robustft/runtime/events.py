@@ -52,7 +52,11 @@ class RemoteSender:
 
 
 class EventPump:
-    """Moves events from the actor to the listeners, in order, in a thread of the driver."""
+    """Moves events from the actor to the listeners, in order, in a thread of the driver.
+
+    Where the thread fails, as a listener whose disk is full does, it says once what is lost and
+    ends; the next ``sync`` raises the same error, where the run can end with its sentence.
+    """
 
     def __init__(self, listeners: list[Callable[[Event], None]], *, interval: float = 0.3) -> None:
         import ray
@@ -68,6 +72,7 @@ class EventPump:
         self._interval = interval
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._failure: Exception | None = None
         self.sender = RemoteSender(self._actor)
         self._thread = threading.Thread(target=self._run, name="robustft-events", daemon=True)
         self._thread.start()
@@ -78,26 +83,45 @@ class EventPump:
             self._deliver({"time": time.time(), **event})
 
     def sync(self) -> None:
-        """Deliver everything that has arrived; called where a stage ends."""
+        """Deliver everything that has arrived; called where a stage ends.
+
+        Raises:
+            Exception: what a listener raises, or Ray; also if it was raised in the thread before.
+        """
         with self._lock:
-            for event in self._ray.get(self._actor.drain.remote()):
-                self._deliver(event)
+            if self._failure is not None:
+                raise self._failure
+            self._fetch()
 
     def close(self) -> None:
-        """Stop the thread after a last delivery."""
+        """Stop the thread after a last delivery, unless it has failed and said so."""
         self._stop.set()
         self._thread.join(timeout=10)
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            self.sync()
+        if self._failure is None:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self.sync()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            try:
-                self.sync()
-            except self._ray.exceptions.RayError as error:
-                if not self._stop.is_set():
-                    log.warning("progress events are lost from here on: %s", error)
-                return
+        while not self._stop.wait(self._interval) and self._failure is None:
+            with self._lock:
+                try:
+                    self._fetch()
+                except Exception as error:  # Any listener's: said here, and raised by sync.
+                    self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        if self._stop.is_set() and isinstance(error, self._ray.exceptions.RayError):
+            return  # Ray goes away at the end of a run.
+        self._failure = error
+        log.error(
+            "progress lines and metrics of the workers are lost from here on (%s: %s)",
+            type(error).__name__,
+            error,
+        )
+
+    def _fetch(self) -> None:
+        for event in self._ray.get(self._actor.drain.remote()):
+            self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
         if event["kind"] == "warning":

@@ -105,21 +105,27 @@ class MlflowStore:
             return count
 
     def _send_chunk(self) -> int:
+        """Send a chunk; how far it came is saved once, whether or not it was sent to its end.
+
+        A process that is killed before that sends the chunk again, which changes nothing.
+        """
         progress, count = self.progress, 0
         waiting: dict[str, list[Record]] = {}
-        for record, end in self._spool.read(progress.offset, limit=CHUNK):
-            count += 1
-            if record["kind"] == "metrics":
-                waiting.setdefault(record["run"], []).append(record)
-            else:
+        try:
+            for record, end in self._spool.read(progress.offset, limit=CHUNK):
+                count += 1
+                if record["kind"] == "metrics":
+                    waiting.setdefault(record["run"], []).append(record)
+                else:
+                    self._send_metrics(waiting)
+                    self._send(record)
+                    progress.offset = end
+            if count:
                 self._send_metrics(waiting)
-                self._send(record)
                 progress.offset = end
+        finally:
+            if count:
                 progress.save()
-        if count:
-            self._send_metrics(waiting)
-            progress.offset = end
-            progress.save()
         return count
 
     def _send_metrics(self, waiting: dict[str, list[Record]]) -> None:

@@ -26,6 +26,7 @@ from robustft.methods.base import Row
 from robustft.runtime.events import Clock
 from robustft.runtime.experiment import Experiment, experiment_to_dict, method_name
 from robustft.runtime.jsonfile import write_json
+from robustft.runtime.run_figures import START, file_panels, staged, tolerance_of
 from robustft.runtime.search import Trial
 from robustft.runtime.text_runs import (
     AnyEvaluation,
@@ -55,6 +56,9 @@ TEXT_TITLES = {
     "advglue": "AdvGLUE",
 }
 """Measurements of text as the report calls them; others keep their names."""
+
+SELECTIONS = {"test_half": "half of the test split", "official": "the test split"}
+"""Where a choice was made, as the report calls it; others are a split of that name."""
 
 PACKAGES = ("robustft", "torch", "torchvision", "ray", "mlflow", "numpy")
 
@@ -214,7 +218,7 @@ def curve_rows(found: Found) -> list[Row]:
     rows = []
     sources = [(t.label, t.result) for t in found.trials if t.result is not None]
     if found.start_result is not None:
-        sources.insert(0, ("start", found.start_result))
+        sources.insert(0, (START, found.start_result))
     for label, result in sources:
         for table in ("epochs", "interpolation"):
             rows += [
@@ -304,7 +308,8 @@ def write(
     data = report_data(
         experiment, directory, found, clock, command=command, tracking_url=tracking_url
     )
-    page = write_report(directory, data)
+    further = file_panels(directory, data.config, working_directory=Path.cwd())
+    page = write_report(directory, data, further=further)
     evaluation = found.after[_best_seed(experiment, found)]
     about: dict[str, Any] = {
         "title": f"{experiment.name}: the chosen model",
@@ -346,8 +351,8 @@ def report_data(
         {**row, "chosen": row["layer"] in chosen_layers}
         for row in result.tables.get("criticality", ())
     ]
-    epochs = [row for row in curve_rows(found) if row["table"] == "epochs"]
-    method = method_name(experiment.method)
+    curves = curve_rows(found)
+    config = experiment_to_dict(experiment)
     return ReportData(
         title=experiment.name,
         sentence=_sentence(experiment, found),
@@ -356,10 +361,10 @@ def report_data(
         commit=origin["commit"],
         command=command,
         versions={**origin["versions"], "python": origin["python"]},
-        config=experiment_to_dict(experiment),
+        config=config,
         summary=summary_rows(experiment, found),
         chosen={**result.choices, "trial": found.chosen[best].label},
-        tolerance=_tolerance(experiment),
+        tolerance=tolerance_of(config),
         selection_split=_split_name(found.task, "val"),
         report_split=_split_name(found.task, "test"),
         leaky=found.leaky,
@@ -369,12 +374,8 @@ def report_data(
         overhead=share,
         trials=_shown_trials(found),
         criticality=criticality,
-        interpolation=[row for row in curve_rows(found) if row["table"] == "interpolation"],
-        epochs=[
-            {**row, "stage": f"start ({row['trial']})" if row["trial"] == "start" else method}
-            | ({"trial": None} if row["trial"] == "start" else {})
-            for row in epochs
-        ],
+        interpolation=[row for row in curves if row["table"] == "interpolation"],
+        epochs=staged(curves, method_name(experiment.method)),
         corruptions=_corruption_rows(found),
         run_directory=str(directory),
         report_path=str(directory / "report.html"),
@@ -481,12 +482,6 @@ def _best_seed(experiment: Experiment, found: Found) -> int:
     return scores.index(max(scores))
 
 
-def _tolerance(experiment: Experiment) -> float:
-    """Return what the weight line may cost in robust accuracy; 0 where nothing is interpolated."""
-    line = experiment.interpolate or getattr(experiment.method, "interpolate", experiment.method)
-    return float(getattr(line, "tolerance", 0.0))
-
-
 def _sentence(experiment: Experiment, found: Found) -> str:
     method = method_name(experiment.method)
     threats = " and ".join(map(str, radii(found.task)))
@@ -502,8 +497,7 @@ def _sentence(experiment: Experiment, found: Found) -> str:
 
 
 def _split_name(task: AnyTask, split: str) -> str:
-    names = {"test_half": "half of the test split", "official": "the test split"}
-    name = names.get(task.selection, f"the {split} split")
+    name = SELECTIONS.get(task.selection, f"the {split} split")
     return f"{name} ({len(task.splits[split]):,} {units(task)})"
 
 

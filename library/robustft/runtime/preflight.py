@@ -31,6 +31,7 @@ from robustft.errors import (
 from robustft.methods import METHODS
 from robustft.methods.common import AttackConfig
 from robustft.methods.criticality import eligible_layers
+from robustft.methods.natural import NaturalConfig
 from robustft.methods.rift import RiftConfig, choose_modules
 from robustft.models import weight_layers
 from robustft.runtime.deepspeed_engine import require_deepspeed, why_not
@@ -233,21 +234,42 @@ def _check_model(experiment: Experiment, task: AnyTask, trained_on: AnyTask) -> 
         for field, value in _searched(experiment):
             yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
         return
-    pgd_too = config.checkpoint is None and config.method is not None and _uses_pgd(config.method)
+    # A checkpoint is loaded, and its method, if one is named, does not run.
+    learning = () if config.checkpoint is not None else (config.before, config.method)
+    pgd_too = any(_uses_pgd(method) for method in learning)
     if trained_on is not task:
         _attack_once(start.build(), trained_on, pgd_too=pgd_too)
     model = fit_to_task(experiment, start, task, trained_on).build()
-    if isinstance(experiment.method, RiftConfig) and gets_new_head(experiment, task, trained_on):
+    if gets_new_head(experiment, task, trained_on):
+        _require_old_head(experiment)
+    pgd_too = pgd_too or _uses_pgd(experiment.method) or _uses_pgd(experiment.interpolate)
+    _attack_once(model, task, pgd_too=pgd_too)
+    for field, value in _searched(experiment):
+        yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
+    if "modules" not in experiment.search.space:
+        yield from _caught(partial(_check_value, experiment.method, {}, model))
+
+
+def _require_old_head(experiment: Experiment) -> None:
+    """Refuse what a start with a new head cannot do, before that start is trained."""
+    method = experiment.method
+    if isinstance(method, RiftConfig):
         raise ConfigError(
             "rift looks for the layers that a robust model of this task can spare, which a new "
             "head makes meaningless: start from a model of the task, or fine-tune with another "
             "method first"
         )
-    _attack_once(model, task, pgd_too=pgd_too or _uses_pgd(experiment.method))
-    for field, value in _searched(experiment):
-        yield from _caught(partial(_check_value, experiment.method, {field: value}, model))
-    if "modules" not in experiment.search.space:
-        yield from _caught(partial(_check_value, experiment.method, {}, model))
+    modes = experiment.search.space.get("mode", ())
+    if isinstance(method, NaturalConfig) and "wise-ft" in (method.mode, *modes):
+        what, remedy = "method.mode = 'wise-ft'", "choose another mode"
+    elif experiment.interpolate is not None:
+        what, remedy = "interpolate", "leave interpolate out"
+    else:
+        return
+    raise ConfigError(
+        f"{what} goes back to a robust model of the task, and this start gets a new head for the "
+        f"task's classes: start from a model of the task, or {remedy}"
+    )
 
 
 def _check_shared_images(experiment: Experiment, task: AnyTask, trained_on: AnyTask) -> Findings:
@@ -277,11 +299,15 @@ def _attack_once(model: nn.Module, task: Task, *, pgd_too: bool) -> None:
         pgd(model, image, label, norm=task.threat.norm, eps=task.threat.eps, num_steps=1)
 
 
-def _uses_pgd(method: Any) -> bool:
-    """Return whether a method crafts with PGD, against the first threat model."""
-    return any(
-        isinstance(getattr(method, field.name), AttackConfig)
-        for field in dataclasses.fields(method)
+def _uses_pgd(config: Any) -> bool:
+    """Return whether a method or an interpolation crafts with PGD, against the first threat model.
+
+    Args:
+        config: of either; None: there is none.
+    """
+    return config is not None and any(
+        isinstance(getattr(config, field.name), AttackConfig)
+        for field in dataclasses.fields(config)
     )
 
 

@@ -56,7 +56,7 @@ class ProgressLines:
             self._say(f"{event['stage']}: {event['text']}")
         elif kind in ("metrics", "items"):
             self._step(event)
-        elif kind == "waiting":
+        elif kind in ("waiting", "note"):
             self._say(event["text"])
         elif kind == "begin":
             self._say(f"{event['stage']}: started {event['run']}")

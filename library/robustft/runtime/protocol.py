@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -277,10 +278,21 @@ class Bench:
     sizes: Sizes
     mapper: Any
 
-    def run(self, experiment: Experiment, name: str) -> tuple[StoredRun, float]:
-        """Run, or go on with, or just read a part of the comparison; return it and its memory."""
+    def run(
+        self, experiment: Experiment, name: str, like: Path | None = None
+    ) -> tuple[StoredRun, float]:
+        """Run, or go on with, or just read a part of the comparison; return it and its memory.
+
+        Args:
+            experiment: the part.
+            name: begins that of its folder.
+            like: folder of a finished part that measured the same start: those items of its
+                evaluation are not computed again.
+        """
         directory = self.output / "runs" / f"{name}-{experiment.fingerprint[:6]}"
         remembered = directory / "memory.json"
+        if like is not None and (like / "items").is_dir() and not directory.exists():
+            shutil.copytree(like / "items", directory / "items")
         if not (directory / "summary.json").is_file():
             with MemoryWatch() as watch:
                 run(experiment, run_dir=directory)
@@ -437,12 +449,23 @@ def measured(
     reference: float,
     folder: Path | None,
     before: float,
+    like: Path | None = None,
 ) -> tuple[Entry, StoredRun]:
-    """Choose, train with every seed, read test; ``before`` are the seconds of the preparation."""
+    """Choose, train with every seed, read test.
+
+    Args:
+        bench: what all methods share.
+        name, arm: the method.
+        candidates: its trials, as val sees them.
+        reference: robust accuracy on val of the start.
+        folder: of the statistics, if it needs them.
+        before: seconds of the preparation.
+        like: folder of a finished row, which has measured the same start on test.
+    """
     chosen, kept = choose(candidates, reference=reference, tolerance=bench.options.tolerance)
     seeds = bench.options.seeds
     experiment = measuring(bench.base, arm, chosen.value, seeds, folder)
-    stored, memory = bench.run(experiment, f"row-{name}")
+    stored, memory = bench.run(experiment, f"row-{name}", like)
     cost = compared_run(stored).cost
     counted = None
     if cost.forwards is not None and cost.backwards is not None:

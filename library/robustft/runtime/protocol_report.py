@@ -19,11 +19,12 @@ from robustft.evaluation.comparison import (
     pareto_front,
 )
 from robustft.evaluation.comparison_report import RunFacts, write_comparison_report
+from robustft.evaluation.drawing import place_labels
 from robustft.evaluation.intervals import mean_interval
 from robustft.runtime.jsonfile import write_json
 from robustft.runtime.outputs import command_line
 from robustft.runtime.protocol import Bench, Entry, Kind, ProtocolOptions, robust_mean
-from robustft.runtime.stored_runs import StoredRun, compared_run
+from robustft.runtime.stored_runs import StoredRun, compared_run, run_panels
 
 __all__ = ["compared", "conclude", "draw", "table", "tested"]
 
@@ -227,7 +228,7 @@ def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind
         color = "black" if name == START else f"C{index % 10}"
         face = color if name in front else "none"
         test.plot([clean], [robust], marker, color=color, markerfacecolor=face)
-        test.annotate(name, (clean, robust), xytext=(4, 3), textcoords="offset points", size=8)
+    labels = [(*points[name], name, name in front or name == START) for name in points]
     line = sorted(points[name] for name in front)
     test.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0)
     for index, entry in enumerate(entries):
@@ -248,6 +249,8 @@ def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind
         axes.set_xlabel("clean accuracy (%)")
         axes.set_ylabel("robust accuracy, mean over attacks (%)")
         axes.grid(alpha=0.3)
+    test.margins(0.12)
+    place_labels(figure, test, labels, every=True)
     return figure
 
 
@@ -269,10 +272,12 @@ def described(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> dict[str
                 "trials": str(len(entry.candidates)),
                 "seeds": ", ".join(one.after),
                 "folder": str(one.directory),
+                "commit": one.summary["commit"] or "unknown",
             },
             command=one.command,
             config=one.config,
             versions=one.versions,
+            panels=run_panels(one),
         )
         for entry, one in zip(entries, stored, strict=True)
     }

@@ -31,20 +31,14 @@ from robustft.runtime.experiment import (
     experiment_from_dict,
     method_name,
 )
-from robustft.runtime.fanout import Fanout
 from robustft.runtime.mirror import Mirror, reopen, run_store
 from robustft.runtime.preflight import refuse, require_workers
 from robustft.runtime.progress import ProgressLines
 from robustft.runtime.results import save_result, stored_result
 from robustft.runtime.resumable import resumable, with_absolute_paths
+from robustft.runtime.running import Running
 from robustft.runtime.search import Trial, choose, search
-from robustft.runtime.session import (
-    Session,
-    connect,
-    set_environment,
-    storage_place,
-    storage_root,
-)
+from robustft.runtime.session import connect, set_environment, storage_place, storage_root
 from robustft.runtime.starts import fit_to_task, load_or_fresh, start_task
 from robustft.runtime.stored_runs import save_strips
 from robustft.runtime.text_runs import (
@@ -60,12 +54,6 @@ from robustft.runtime.trainer import DriverContext, Job, train
 __all__ = ["Report", "rank_layers", "resume", "run"]
 
 log = logging.getLogger(__name__)
-
-GROWING_IN_FLIGHT = 1000
-"""Tasks of a fan-out that are submitted at a time where the cluster grows on demand."""
-
-MAX_THREADS = 8
-"""Torch threads of a single run's worker: small models do not gain from more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,60 +71,6 @@ class Report:
     summary: Mapping[str, Any]
     report_html: Path
     data: ReportData
-
-
-@dataclasses.dataclass(kw_only=True)
-class Running:
-    """What the stages of one run share."""
-
-    experiment: Experiment
-    directory: Path
-    session: Session
-    pump: EventPump
-    tracker: Tracker
-    clock: Clock
-    parent: str
-    task: AnyTask
-    task_ref: Any
-    start_task: AnyTask
-    mirror: Mirror
-
-    @property
-    def gpu(self) -> bool:
-        return self.experiment.runtime.gpus_per_worker > 0
-
-    @property
-    def device(self) -> str:
-        """Where workers and tasks compute; the driver may well have no GPU itself."""
-        return "cuda" if self.gpu else "cpu"
-
-    def cpus(self, workers: int, *, trial: bool) -> int:
-        """Return the CPUs of one worker."""
-        configured = self.experiment.runtime.cpus_per_worker
-        if configured is not None:
-            return configured
-        if trial:
-            return 1
-        share = self.session.num_cpus // workers
-        return max(1, min(share, self.session.largest_node_cpus, MAX_THREADS))
-
-    def say(self, stage: str, text: str, **fields: Any) -> None:
-        self.pump.local({"kind": "stage", "stage": stage, "text": text, **fields})
-
-    def fanout(self, stage: str) -> Fanout:
-        gpus = self.experiment.runtime.gpus_per_worker
-        return Fanout(
-            self.directory / "items",
-            self.pump,
-            stage=stage,
-            # A cluster that grows on demand only grows for tasks that wait.
-            max_in_flight=(
-                GROWING_IN_FLIGHT
-                if self.experiment.runtime.autoscaling
-                else 2 * max(1, self.session.num_cpus)
-            ),
-            gpus=gpus,
-        )
 
 
 def run(

@@ -200,7 +200,8 @@ def connect(runtime: RuntimeConfig) -> Iterator[Session]:
     """Connect to Ray for the duration of a ``with`` block; an embedded Ray stops at its end.
 
     Raises:
-        ResourceError: an address is given and nothing answers there.
+        ResourceError: an address is given and nothing answers there, or an embedded Ray does not
+            start in its time.
     """
     address = ray_address(runtime)
     embedded = address is None
@@ -254,10 +255,15 @@ def _init(ray: Any, address: str | None) -> None:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address is None:
-            raise
-        raise _no_answer(address, error) from error
+    except Exception as error:
+        # Ray has no narrower class for a node of its own that did not come up in its time.
+        not_up = type(error) is Exception or isinstance(error, TimeoutError)
+        if not_up and address is None:
+            raise _not_started(error) from error
+        unanswered = not_up or isinstance(error, (ConnectionError, RuntimeError, ValueError))
+        if unanswered and address is not None:
+            raise _no_answer(address, error) from error
+        raise
 
 
 def _require_answer(address: str) -> None:
@@ -277,6 +283,14 @@ def _no_answer(address: str, error: Exception) -> ResourceError:
     return ResourceError(
         f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, name "
         "another in RAY_ADDRESS or runtime.address, or unset it to run embedded"
+    )
+
+
+def _not_started(error: Exception) -> ResourceError:
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return ResourceError(
+        f"Ray did not start on this machine ({reason}): run it again when the machine is less busy "
+        "and has memory and disk space left, or name a cluster in RAY_ADDRESS"
     )
 
 

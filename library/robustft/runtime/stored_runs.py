@@ -25,8 +25,9 @@ from robustft.data.text import TextTask
 from robustft.errors import ConfigError, DataError, ResourceError
 from robustft.evaluation.comparison import AnyEvaluation, ComparedRun, Cost
 from robustft.evaluation.evaluation_report import write_evaluation_report
+from robustft.evaluation.method_figures import Choice
 from robustft.evaluation.outcome import Strip, load_evaluation
-from robustft.evaluation.report import ReportData, write_report
+from robustft.evaluation.report import Panel, ReportData, method_panels, write_report
 from robustft.evaluation.text_outcome import TextEvaluation, load_text_evaluation
 from robustft.evaluation.text_report import write_text_report
 from robustft.methods import Result
@@ -35,6 +36,7 @@ from robustft.models import Start
 from robustft.runtime import outputs
 from robustft.runtime.events import Clock
 from robustft.runtime.experiment import experiment_from_dict
+from robustft.runtime.run_figures import START, file_panels, staged, tolerance_of
 from robustft.runtime.search import Trial
 from robustft.runtime.text_runs import AnyTask, units
 from robustft.threat import ThreatModel
@@ -44,12 +46,12 @@ __all__ = [
     "compared_run",
     "load_run",
     "load_strips",
+    "run_panels",
     "save_strips",
     "stored_report_data",
     "write_reports",
 ]
 
-START = "start"
 CHOICE = "chosen_"
 """What begins the names of the columns of trials.parquet that hold a trial's choices."""
 NEVER_READ = ("*.safetensors", "items/*")
@@ -232,7 +234,8 @@ def write_reports(run: StoredRun, *, without_pictures: bool = False) -> dict[str
         ConfigError: see ``stored_report_data``.
         ResourceError: a file cannot be written.
     """
-    pages = {"report": write_report(run.directory, stored_report_data(run))}
+    data = stored_report_data(run)
+    pages = {"report": write_report(run.directory, data, further=_file_panels(run))}
     folder = run.directory / "evaluation"
     evaluation = run.after[run.best]
     about: dict[str, Any] = {
@@ -255,6 +258,29 @@ def write_reports(run: StoredRun, *, without_pictures: bool = False) -> dict[str
         complete = dataclasses.replace(evaluation, strips=strips)
         pages["evaluation"] = write_evaluation_report(folder, complete, **about)
     return pages
+
+
+def run_panels(run: StoredRun) -> list[Panel]:
+    """Return the figures that the rows of the run allow, and those of files beside them.
+
+    They are those of its page, but for what the page of a comparison shows of all runs at once.
+    """
+    best = list(run.after).index(run.best)
+    chosen = run.summary["chosen"]
+    layers = str(chosen["choices"][best].get("layer", "")).split(",")
+    curves = [_known(row) for row in run.curves]
+    tables = {
+        "interpolation": [row for row in curves if row["table"] == "interpolation"],
+        "criticality": [{**row, "chosen": row["layer"] in layers} for row in run.criticality],
+        "epochs": staged(curves, run.summary["method"]),
+    }
+    choice = Choice(
+        trial=chosen["trials"][best],
+        alpha=chosen["choices"][best].get("alpha"),
+        tolerance=tolerance_of(run.config),
+        split=outputs.SELECTIONS.get(run.summary["selection"], "the val split"),
+    )
+    return [*method_panels(tables, choice), *_file_panels(run)]
 
 
 def save_strips(path: str | Path, strips: Sequence[Strip]) -> None:
@@ -298,6 +324,11 @@ def load_strips(path: str | Path) -> list[Strip]:
             ]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} holds no pictures of an evaluation: {error}") from error
+
+
+def _file_panels(run: StoredRun) -> list[Panel]:
+    where = Path(run.record.get("working_directory", ""))
+    return file_panels(run.directory, run.config, working_directory=where)
 
 
 def _strips_path(directory: Path, name: str) -> Path:
@@ -388,9 +419,14 @@ def _tables(run: StoredRun, trial: str) -> dict[str, Sequence[Row]]:
     tables: dict[str, list[Row]] = {}
     for row in run.curves:
         if row["trial"] == trial:
-            rest = {k: v for k, v in row.items() if k not in ("trial", "table") and v is not None}
+            rest = {k: v for k, v in _known(row).items() if k not in ("trial", "table")}
             tables.setdefault(row["table"], []).append(rest)
     return dict(tables)
+
+
+def _known(row: Row) -> Row:
+    """Return a row without the columns that only other rows of its file have."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _evaluation(folder: Path, name: str) -> AnyEvaluation:

@@ -295,6 +295,9 @@ def train_loop(config: dict[str, Any]) -> Result | RobustftError | None:
     scratch = tempfile.TemporaryDirectory(prefix="robustft-")
     if rank == 0 and folder is not None:
         _note_reservation(folder)
+    if rank == 0 and config["elastic"]:
+        text = f"{job.stage}: training on {place.get_world_size()} worker(s)"
+        job.send({"kind": "note", "text": text})
 
     def save(record: dict[str, Any], folder: Path | None) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
@@ -381,7 +384,11 @@ def train(
     trainer = Trainer(
         train_loop,
         # What an object store holds is whole, and no folder of the driver's is the workers'.
-        train_loop_config={"job": job, "folder": folder if store is None else None},
+        train_loop_config={
+            "job": job,
+            "folder": folder if store is None else None,
+            "elastic": isinstance(workers, tuple),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources
         ),
