@@ -645,7 +645,7 @@ def test_the_protocol_from_end_to_end(script: ModuleType, runs: Runs, tmp_path: 
     names = ["search-at", "statistics", "search-flooding", "row-at", "row-flooding"]
     assert runs.names == names
     # The start is measured on test by the first row alone: the next one has those items.
-    assert runs.known == {**dict.fromkeys(names, []), "row-flooding": ["row-at"]}
+    assert runs.known == {**{name: [] for name in names}, "row-flooding": ["row-at"]}
     at, flooding = document["methods"]
     # Three trials of continued training; that at 0.03 has lost more than a point.
     assert [one["value"] for one in at["candidates"]] == [0.01, 0.003, 0.03]
