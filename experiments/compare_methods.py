@@ -56,6 +56,7 @@ from robustft.runtime.fanout import Fanout  # noqa: E402
 from robustft.runtime.protocol import (  # noqa: E402
     Arm,
     Bench,
+    Entry,
     Kind,
     ProtocolOptions,
     judged,
@@ -69,6 +70,7 @@ from robustft.runtime.protocol import (  # noqa: E402
 from robustft.runtime.protocol_report import conclude  # noqa: E402
 from robustft.runtime.session import connect  # noqa: E402
 from robustft.runtime.starts import fit_to_task, load_or_fresh, start_task  # noqa: E402
+from robustft.runtime.stored_runs import StoredRun  # noqa: E402
 from robustft.runtime.text_runs import load_any_task  # noqa: E402
 
 GROUP = {"group": {"which": "robust", "share": 0.3}}
@@ -363,7 +365,8 @@ def compare(options: Options) -> tuple[dict[str, Any], str]:
             for name, arm in arms.items()
         }
         on_val = reference_of(bench, next(iter(candidates.values())))
-        entries, stored = [], []
+        entries: list[Entry] = []
+        stored: list[StoredRun] = []
         for name, arm in arms.items():
             _, folder, seconds = searches[name]
             like = stored[0].directory if stored else None
