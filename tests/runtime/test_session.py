@@ -1,5 +1,8 @@
 """Connecting to Ray: what is asked of it, and what is refused before it could wait for ever."""
 
+import os
+import platform
+import subprocess
 import sys
 from typing import Any
 
@@ -7,7 +10,8 @@ import pytest
 
 from robustft.errors import ResourceError
 from robustft.runtime import session
-from robustft.runtime.session import Session
+from robustft.runtime.experiment import RuntimeConfig
+from robustft.runtime.session import EMBEDDED_ENVIRONMENT, Session, set_environment
 
 
 class RecordingRay:
@@ -86,3 +90,44 @@ def test_other_errors_of_ray_stay_what_they_are() -> None:
         session._init(FailingRay(ConnectionError("refused")), "10.0.0.1:6379")
     with pytest.raises(KeyError):
         session._init(FailingRay(KeyError("a bug")), "10.0.0.1:6379")
+
+
+FAULTS = """
+import resource
+import numpy as np
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    np.ones(2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_workers_do_not_give_back_memory_that_they_need_again() -> None:
+    names = [name for name in EMBEDDED_ENVIRONMENT if name.startswith("MALLOC_")]
+    assert len(names) == 2
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    # Huge pages would hide most of it; torch does not ask for them.
+    plain["NUMPY_MADVISE_HUGEPAGE"] = "0"
+
+    def faults(environment: dict[str, str]) -> int:
+        child = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=environment, capture_output=True, check=True
+        )
+        return int(child.stdout)
+
+    # 100 arrays of 8 MiB, pages of 4 KiB: each of them once, or every one a hundred times.
+    with_settings = faults({**plain, **{name: EMBEDDED_ENVIRONMENT[name] for name in names}})
+    assert with_settings < 10_000
+    fixed = faults({**plain, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})
+    assert fixed > 10 * with_settings
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"MALLOC_TRIM_THRESHOLD_": "1"}
+    monkeypatch.setattr(os, "environ", environment)
+    set_environment(RuntimeConfig(address="auto"))
+    assert "MALLOC_MMAP_THRESHOLD_" not in environment
+    set_environment(RuntimeConfig())
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == "1"
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == EMBEDDED_ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]

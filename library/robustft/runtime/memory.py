@@ -17,7 +17,7 @@ class MemoryWatch(contextlib.AbstractContextManager["MemoryWatch"]):
     in one table. NaN where no trial was seen, as on another machine.
     """
 
-    def __init__(self, seconds: float = 0.5) -> None:
+    def __init__(self, seconds: float = 2.0) -> None:
         self.largest = math.nan
         self._seconds, self._done = seconds, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
