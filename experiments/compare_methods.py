@@ -24,11 +24,10 @@ The protocol, written before any run (docs/comparison.md):
 
 Command: ``robustft compare --preset embedded`` or ``python experiments/compare_methods.py``; an
 interrupted comparison goes on where it was. Text: --preset text.
-Time, embedded, counted: about 6,000 passes a second on a core. Start: 365,000 passes (45 s on two
-cores). Searches of 12 methods, together 2.8 million, and 33 trials judged for at most 40,000 each:
-345 s on two cores. Rows: 3 seeds of 58,000 to 108,000, two at a time and so as long as four: 325 s.
-Test: 48 models (12 times the start) of 70,000: 280 s. Ray, reports and MLflow: 25 runs of 8 s.
-Together about 20 minutes. Text: about 70, of which a third are attacks on test.
+Time, embedded: 33 minutes on two cores of a shared machine: start 1 and searches of 12 methods 8
+(together 2.8 million passes of single examples), judging of 33 trials 4, rows 19 (3 seeds of 58,000
+to 108,000 passes and 3 models on test of 50,000 each). Text: about 70, of which a third are attacks
+on test.
 Output: ``table.md``, ``results.json``, ``pareto.png`` and ``report.html`` in --output; run folders
 in its ``runs``. All MLflow runs are in one experiment and have the tag "comparison".
 """
