@@ -44,7 +44,7 @@ class Compare(Options):
     """Folders of at least two finished runs on the same data: runs/<experiment>/<run-id>, or URIs
     at which they are published."""
     preset: str | None = None
-    """In place of runs: embedded (images, about 20 minutes on two cores) or text. Only in a
+    """In place of runs: embedded (images, half an hour on two cores) or text. Only in a
     checkout; its options: python experiments/compare_methods.py --help."""
     names: tuple[str, ...] = ()
     """What the runs are called in tables and pictures, one each; none: their experiments."""
