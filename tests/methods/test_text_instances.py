@@ -619,9 +619,9 @@ def test_a_study_of_toy_size_ends_in_a_table_and_a_page(
     text = script.conclude(base, options, task, folders, models, None)
 
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert set(results["models"][0]["test"]) == {
-        "clean", "robust", "advglue", "char_noise", "overfit",
-    }  # fmt: skip
+    # Val was looked at once, so that nothing is known of how its loss has risen.
+    measured = {"clean", "robust", "advglue", "char_noise"}
+    assert set(results["models"][0]["test"]) == measured
     robust = {(one["which"], one["seed"]): one["test"]["robust"] for one in results["models"]}
     (effect,) = [one for one in results["effects"] if one["measure"] == "robust"]
     expected = [robust["robust", seed] - robust["random", seed] for seed in (0, 1)]
