@@ -16,12 +16,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check bench ui clean
+.PHONY: help demo test test-cluster test-browser check bench ui clean
 
 help:
 	@echo "make demo          run experiments/rift_sweep.py on the embedded data"
 	@echo "make test          run the tests (offline, two cores)"
 	@echo "make test-cluster  run the tests that start a Ray cluster"
+	@echo "make test-browser  run the tests that look at pages in Chromium or Chrome"
 	@echo "make check         format, lint, types, import direction, and the wheel"
 	@echo "make bench         run every script in benchmarks/"
 	@echo "make ui            open MLflow on the runs made here"
@@ -47,6 +48,11 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	@$(INSTALL) '.[test,search,text,deepspeed]'
 	@touch $@
 
+$(VENV)/browser.stamp: $(VENV)/test.stamp
+	@echo "environment: installing what the tests in a browser need"
+	@$(INSTALL) '.[test,browser]'
+	@touch $@
+
 $(VENV)/dev.stamp: $(VENV)/test.stamp
 	@echo "environment: installing what the checks need"
 	@$(INSTALL) '.[dev]'
@@ -66,6 +72,10 @@ test-cluster: $(VENV)/test.stamp
 	@echo "test-cluster: the tests that start a Ray cluster of their own"
 	@$(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 10 \
 	  -m 'cluster and not slow and not gpu and not network and not browser' $(ARGS)
+
+test-browser: $(VENV)/browser.stamp
+	@echo "test-browser: the tests that look at pages; skipped where there is no Chromium or Chrome"
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 10 -m browser $(ARGS)
 
 check: $(VENV)/dev.stamp
 	@echo "check: format"

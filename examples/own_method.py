@@ -22,7 +22,7 @@ from robustft.methods.common import AttackConfig, craft, validate
 from robustft.training.augment import AugmentConfig
 from robustft.training.checks import require_at_least, require_range
 from robustft.training.loaders import Batch, Loader
-from robustft.training.loop import Best, run_epoch, share_buffers
+from robustft.training.loop import Best, epoch_metrics, run_epoch, share_buffers
 from robustft.training.optimizers import OptimizerConfig, build_optimizer
 from robustft.training.schedules import ScheduleConfig
 
@@ -99,7 +99,7 @@ def train(config: MixedConfig, context: rft.RunContext) -> rft.Result:
         network.train()
         trained = run_epoch(config, context, network, loader, loss, epoch=epoch)
         share_buffers(context.engine.module, context)
-        metrics = {"train/loss": trained["loss"], "train/robust": trained["accuracy"]}
+        metrics = epoch_metrics(trained, accuracy="train/robust")
         metrics |= validate(
             context.engine.module,
             context,

@@ -5,12 +5,15 @@ fine-tuning, an evaluation with attacks, and a page that compares both models pi
 
 Command: ``python examples/own_model.py --root PICTURES --output OUT``; the pictures lie in
 ``PICTURES/train/<class>/`` and ``PICTURES/test/<class>/``. Without ``--root`` a few are drawn.
+Your network takes the place of ``MyNet``; ``--help`` lists size, radius and what is held out.
 
 Time: about ten seconds on a laptop with the drawn pictures. Everything runs in this process; a
 :class:`robustft.LocalContext` is all that a method needs.
+
+Output: ``start/`` and ``model/`` (weights and card), ``start.parquet`` and ``fine-tuned.parquet``
+(the outcome of every test picture), ``report.html`` (both models, picture by picture).
 """
 
-import argparse
 import dataclasses
 import sys
 import tempfile
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,11 +33,31 @@ from robustft.methods.common import AttackConfig
 from robustft.methods.vanilla import RftConfig
 from robustft.methods.vanilla import train as fine_tune
 from robustft.models import save_model
+from robustft.threat import parse_number
 from robustft.training.augment import AugmentConfig
 from robustft.training.schedules import ScheduleConfig
 
 SIDE = 32
 CLASSES = ("checks", "rings", "stripes")
+"""Of the drawn pictures; yours may have any size and any classes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Your model and your pictures, from nothing to a comparison of two robust models."""
+
+    root: Path | None = None
+    """Folder with train/<class>/ and test/<class>/; None: a few pictures are drawn."""
+    output: Path = Path("own_model")
+    """Folder for models, outcomes and the page."""
+    image_size: int = SIDE
+    """Side to which pictures are scaled and cut, in pixels."""
+    val_size: int = 30
+    """Pictures of train that choose the epoch and are not trained on; 100 or more if you can."""
+    eps: str = "8/255"
+    """Radius of the Linf ball, in [0, 1] pixel units."""
+    epochs: int = 8
+    """Of adversarial training, and again of fine-tuning."""
 
 
 class MyNet(nn.Module):
@@ -86,8 +110,9 @@ def draw_pictures(root: Path, *, per_class: int) -> Path:
     return root
 
 
-def run(root: Path, output: Path, *, epochs: int = 8) -> str:
+def run(root: Path, options: Options) -> str:
     """Train, fine-tune, evaluate and compare; return the comparison as text."""
+    output = options.output
     # The name by which starts, cards and checkpoints know the architecture.
     rft.MODELS["my_net"] = MyNet
 
@@ -95,9 +120,9 @@ def run(root: Path, output: Path, *, epochs: int = 8) -> str:
         rft.TaskConfig(
             data="imagefolder",
             root=str(root),
-            image_size=SIDE,
-            val_size=30,
-            threat_models=(rft.ThreatModel("Linf", 8 / 255),),
+            image_size=options.image_size,
+            val_size=options.val_size,
+            threat_models=(rft.ThreatModel("Linf", parse_number(options.eps)),),
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
         )
@@ -113,7 +138,7 @@ def run(root: Path, output: Path, *, epochs: int = 8) -> str:
     augment = AugmentConfig(crop_padding=2)
     trained = train_at(
         ATConfig(
-            epochs=epochs,
+            epochs=options.epochs,
             lr=0.05,
             batch_size=16,
             schedule=ScheduleConfig(name="cyclic"),
@@ -126,7 +151,7 @@ def run(root: Path, output: Path, *, epochs: int = 8) -> str:
     start = dataclasses.replace(fresh, state=trained.state, source="my_net trained by at")
     tuned = fine_tune(
         RftConfig(
-            epochs=epochs,
+            epochs=options.epochs,
             lr=0.02,
             batch_size=16,
             schedule=ScheduleConfig(name="cosine"),
@@ -136,7 +161,8 @@ def run(root: Path, output: Path, *, epochs: int = 8) -> str:
         ),
         rft.LocalContext(task=task, start=start),
     )
-    # A folder that `robustft evaluate --model` and start.checkpoint read, once MyNet is registered.
+    # Folders that `rft.models.load_model_dir` and start.checkpoint read, once MyNet is registered.
+    save_model(output / "start", start=start, state=trained.state, card={"method": "at"})
     save_model(output / "model", start=start, state=tuned.state, card={"method": "rft"})
 
     # To report numbers, take suite="standard" (AutoAttack) and leave the steps as they are.
@@ -162,15 +188,11 @@ def run(root: Path, output: Path, *, epochs: int = 8) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the example and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder with train/<class>/ and test/<class>/")
-    parser.add_argument("--output", type=Path, default=Path("own_model"), help="for the results")
-    parser.add_argument("--epochs", type=int, default=8)
-    chosen = parser.parse_args(arguments)
-    chosen.output.mkdir(parents=True, exist_ok=True)
+    options = tyro.cli(Options, args=arguments, use_underscores=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        root = chosen.root or draw_pictures(Path(folder), per_class=80)
-        sys.stdout.write(run(root, chosen.output, epochs=chosen.epochs))
+        root = options.root or draw_pictures(Path(folder), per_class=80)
+        sys.stdout.write(run(root, options))
     return 0
 
 

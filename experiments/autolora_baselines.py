@@ -26,6 +26,7 @@ import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ from robustft.runtime.experiment import (  # noqa: E402
 )
 from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.run import run  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
+from robustft.runtime.session import connect, default_output  # noqa: E402
 
 MEASURES = {"clean": "clean", "PGD": "Linf/pgd", "APGD": "Linf/apgd"}
 SCORE = "val/robust"
@@ -80,7 +81,7 @@ class Options:
     """Seeds of every row of the table, at least two."""
     search_seed: int = 0
     """Seed of the order in which trials count."""
-    output: Path = Path("runs") / "autolora-baselines"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "autolora-baselines"))
     """Folder of picture and tables."""
 
 

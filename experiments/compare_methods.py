@@ -12,7 +12,7 @@ The protocol, written before any run (docs/comparison.md):
 2. The budget is counted in passes of single examples, forwards and backwards, of everything that
    belongs to the method: preparation (criticality, statistics), training, validation inside the
    method. What a trial will cost is computed before it runs (``passes_of``; tests check it against
-   counted passes). Judging costs every trial the same and is reported beside it.
+   counted passes). Judging costs every trial about the same and is reported beside it.
 3. Every trial is judged on val: clean accuracy, and the mean over the threat models of robust
    accuracy (text: the mean over attacks). Chosen is the highest clean accuracy among the trials
    whose robust accuracy is at most --tolerance below the start's; ties go to the more robust, then
@@ -46,16 +46,18 @@ if LIBRARY.is_dir():
 
 import tyro  # noqa: E402  after the path
 
-from robustft.config import replaced  # noqa: E402
+from robustft.config import replaced, to_dict  # noqa: E402
 from robustft.data.text import TextTask  # noqa: E402
 from robustft.errors import UnknownNameError  # noqa: E402
 from robustft.runtime.events import EventPump  # noqa: E402
 from robustft.runtime.experiment import Experiment, SearchConfig, load_experiment  # noqa: E402
 from robustft.runtime.fanout import Fanout  # noqa: E402
+from robustft.runtime.outputs import command_line  # noqa: E402
 from robustft.runtime.protocol import (  # noqa: E402
     Arm,
     Bench,
     Entry,
+    Findings,
     Kind,
     ProtocolOptions,
     judged,
@@ -66,8 +68,13 @@ from robustft.runtime.protocol import (  # noqa: E402
     tagged,
     trial_values,
 )
+from robustft.runtime.protocol_records import (  # noqa: E402
+    add_surface,
+    record_comparison,
+    record_row,
+)
 from robustft.runtime.protocol_report import conclude  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
+from robustft.runtime.session import connect, default_output  # noqa: E402
 from robustft.runtime.starts import fit_to_task, load_or_fresh, start_task  # noqa: E402
 from robustft.runtime.stored_runs import StoredRun  # noqa: E402
 from robustft.runtime.text_runs import load_any_task  # noqa: E402
@@ -274,7 +281,8 @@ class Options(ProtocolOptions):
     attack_steps: int | None = None
     """Steps of APGD on test, images only; None: as the preset says."""
     output: Path | None = None
-    """Folder of tables, picture and page; None: runs/<the preset's name>."""
+    """Folder of tables, picture, page and all runs; None: one of the preset's name beside the runs
+    ($ROBUSTFT_STORAGE, else ./runs)."""
 
 
 def preset_name(preset: str) -> str:
@@ -335,7 +343,7 @@ def compare(options: Options) -> tuple[dict[str, Any], str]:
         RobustftError: with one sentence that names the remedy.
     """
     base = prepared(options)
-    output = options.output or Path("runs") / base.name
+    output = options.output or default_output(base.name)
     task = load_any_task(base.task)
     kind = KINDS["text" if isinstance(task, TextTask) else "images"]
     arms = rows_of(kind, options)
@@ -372,9 +380,26 @@ def compare(options: Options) -> tuple[dict[str, Any], str]:
             entry, row = measured(
                 bench, name, arm, candidates[name], on_val[1], folder, seconds, like
             )
+            add_surface(bench, name, row)
+            record_row(bench, entry, row)
             entries.append(entry)
             stored.append(row)
-        return conclude(bench, entries, stored, on_val)
+        findings = Findings(
+            data=task.name,
+            command=command_line(sys.argv),
+            options=to_dict(options),
+            seeds=options.seeds,
+            tolerance=options.tolerance,
+            budget=options.budget or kind.budget,
+            sizes=dataclasses.asdict(bench.sizes),
+            columns=kind.columns,
+            paired=kind.paired,
+            reference=on_val,
+            methods=entries,
+        )
+        document, text = conclude(output, findings, stored)
+        record_comparison(bench, findings, text)
+        return {**document, "report": str(output / "report.html")}, text
 
 
 def main(options: Options) -> None:

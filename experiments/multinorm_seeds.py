@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from robustft.evaluation.intervals import mean_interval  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
 from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.run import run  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
+from robustft.runtime.session import connect, default_output  # noqa: E402
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "e-at": {"scheme": "error_weighted", "norms": None},
@@ -81,7 +82,7 @@ class Options:
     cpus_per_worker: int | None = None
     """Torch threads in training; None: as the preset says. 1 where other work shares the machine,
     since threads that wait for each other there are slow."""
-    output: Path = Path("runs") / "multinorm-seeds"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "multinorm-seeds"))
     """Folder of the table."""
 
 

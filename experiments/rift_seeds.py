@@ -11,6 +11,7 @@ Time: as many times that of the preset. Output: ``seeds.md`` and ``seeds.json`` 
 import dataclasses
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from robustft.evaluation.intervals import mean_interval  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
 from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.run import run  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
+from robustft.runtime.session import connect, default_output  # noqa: E402
 
 MEASURES = ("clean", "Linf/pgd", "Linf/apgd", "corruptions")
 
@@ -38,7 +39,7 @@ class Options:
     """Preset name or YAML file."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds, at least two."""
-    output: Path = Path("runs") / "rift-seeds"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "rift-seeds"))
     """Folder of the table."""
 
 

@@ -37,6 +37,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ from robustft.runtime import instance_study as study  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
 from robustft.runtime.outputs import command_line  # noqa: E402
 from robustft.runtime.results import load_result  # noqa: E402
+from robustft.runtime.session import default_output  # noqa: E402
 from robustft.runtime.starts import load_or_fresh  # noqa: E402
 from robustft.runtime.text_runs import AnyStart  # noqa: E402
 
@@ -72,7 +74,7 @@ class Options(study.StudyOptions):
 
     preset: str = "instances-embedded"
     """Preset name or YAML file; its method is instances, and says what is measured and how."""
-    output: Path = Path("runs") / "robust-instances"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "robust-instances"))
     """Folder of tables, figure and report."""
 
 

@@ -20,6 +20,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from robustft.runtime.experiment import (  # noqa: E402
 )
 from robustft.runtime.jsonfile import write_json  # noqa: E402
 from robustft.runtime.run import run  # noqa: E402
-from robustft.runtime.session import connect  # noqa: E402
+from robustft.runtime.session import connect, default_output  # noqa: E402
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "vanilla": {"variant": "vanilla", "loss": {"name": "ce"}},
@@ -106,7 +107,7 @@ class Options:
     """Passes over them; None: as the preset says."""
     limit: int | None = None
     """Texts of test to attack; None: as the preset says."""
-    output: Path = Path("runs") / "rose-glue"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "rose-glue"))
     """Folder of table and picture."""
 
 

@@ -39,6 +39,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ from robustft.runtime import instance_study as study  # noqa: E402
 from robustft.runtime.experiment import Experiment, load_experiment  # noqa: E402
 from robustft.runtime.outputs import command_line  # noqa: E402
 from robustft.runtime.results import load_result  # noqa: E402
+from robustft.runtime.session import default_output  # noqa: E402
 from robustft.runtime.starts import load_or_fresh  # noqa: E402
 from robustft.runtime.text_runs import AnyStart  # noqa: E402
 
@@ -90,7 +92,7 @@ class Options(study.StudyOptions):
     """AdvGLUE's dev.json; None: as the preset says."""
     model: str | None = None
     """Encoder: minilm, a folder, or a hub id (its tokeniser goes with it); None: the preset's."""
-    output: Path = Path("runs") / "text-instances"
+    output: Path = dataclasses.field(default_factory=partial(default_output, "text-instances"))
     """Folder of tables, figure and report."""
 
 

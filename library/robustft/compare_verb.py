@@ -53,13 +53,17 @@ class Compare(Options):
     accuracy that all runs measured in the same way."""
     with_first: Flag = False
     """Compare every run with the first one only, not all with all: fewer tests."""
-    output: Path = Path("comparison")
-    """Folder for report.html, comparison.json and plots/pareto.png."""
+    output: Path | None = None
+    """Folder for report.html, comparison.json and plots/pareto.png; with --preset also table.md,
+    results.json and all runs. None: comparison, with --preset a folder of its name beside the
+    runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Options):
     """Make the pages of finished runs again, from what the runs have stored.
+
+    The folder of compare --preset is read likewise: tables, tests, pictures and page are made anew.
 
     Example: robustft report runs/rift-embedded/RUN_ID
     """
@@ -68,7 +72,7 @@ class Report(Options):
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")]
     ]
     """Folders of finished runs: runs/<experiment>/<run-id>, or URIs at which they are published;
-    pages of these are published again."""
+    pages of these are published again. Or folders of compare --preset."""
     without_pictures: Flag = False
     """Make the page of the evaluation again even where the pictures of attacked images were not
     stored, and will be missing on it; otherwise such a page stays as it is."""
@@ -88,6 +92,7 @@ def compare_stored(verb: Compare) -> Answer:
         raise ConfigError("a comparison needs at least two runs: name another RUN_DIR")
     stored = [load_run(path) for path in verb.runs]
     names = _names(verb.names, stored)
+    output = verb.output or Path("comparison")
     comparison = compare_runs(
         [compared_run(run, name) for run, name in zip(stored, names, strict=True)],
         metrics=verb.metrics,
@@ -95,7 +100,7 @@ def compare_stored(verb: Compare) -> Answer:
     )
     command = command_line(sys.argv)
     page = write_comparison_report(
-        verb.output,
+        output,
         comparison,
         described={name: _facts(run) for name, run in zip(names, stored, strict=True)},
         title=f"{len(names)} runs on {comparison.runs[0].data}",
@@ -108,9 +113,9 @@ def compare_stored(verb: Compare) -> Answer:
         "report": str(page),
     }
     try:
-        write_json(verb.output / "comparison.json", document)
+        write_json(output / "comparison.json", document)
     except OSError as error:
-        raise ResourceError(f"cannot write {verb.output}: {error.strerror}") from error
+        raise ResourceError(f"cannot write {output}: {error.strerror}") from error
     return Answer(document, f"{comparison_lines(comparison)}\n{page}")
 
 
@@ -123,7 +128,7 @@ def _compare_methods(verb: Compare, preset: str) -> Answer:
         )
     script = _script()
     document, text = script.compare(script.Options(preset=preset, output=verb.output))
-    return Answer(document, f"{text}\n{verb.output / 'report.html'}")
+    return Answer(document, f"{text}\n{document['report']}")
 
 
 def _script() -> ModuleType:
@@ -152,15 +157,22 @@ def _script() -> ModuleType:
 def report_again(verb: Report) -> Answer:
     """Write the pages of the runs that the command line names."""
     from robustft.data.storage import is_uri, open_store
+    from robustft.runtime.protocol_report import RESULTS, conclude_again
     from robustft.runtime.stored_runs import load_run, write_reports
 
     if not verb.runs:
         raise ConfigError("name at least one run: runs/<experiment>/<run-id>")
+    compared = [path for path in verb.runs if not is_uri(path) and (Path(path) / RESULTS).is_file()]
+    places = [path for path in verb.runs if path not in compared]
     # All before the first is written: a wrong folder is to be known now.
-    stored = [load_run(path) for path in verb.runs]
+    stored = [load_run(path) for path in places]
     document: list[dict[str, str]] = []
     lines: list[str] = []
-    for place, run in zip(verb.runs, stored, strict=True):
+    for folder in compared:
+        page = conclude_again(Path(folder))
+        document.append({"comparison": str(page)})
+        lines.append(str(page))
+    for place, run in zip(places, stored, strict=True):
         pages = write_reports(run, without_pictures=verb.without_pictures)
         if is_uri(place):
             open_store(place).publish(run.directory)

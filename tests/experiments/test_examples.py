@@ -13,6 +13,7 @@ import torch
 import robustft as rft
 from robustft.attacks import ATTACKS, pgd
 from robustft.data import DATASETS
+from robustft.evaluation import load_evaluation
 from robustft.models import load_model_dir
 from robustft.training.context import LocalContext
 
@@ -41,18 +42,51 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_own_model_goes_from_pictures_to_a_comparison(tmp_path: Path) -> None:
+def test_own_model_goes_from_pictures_to_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     example = load("own_model")
     root = example.draw_pictures(tmp_path / "pictures", per_class=20)
     output = tmp_path / "out"
-    output.mkdir()
-    text = example.run(root, output, epochs=1)
+    options = ["--image_size", "24", "--val_size", "12", "--eps", "4/255", "--epochs", "1"]
+    assert example.main(["--root", str(root), "--output", str(output), *options]) == 0
+    text = capsys.readouterr().out
     assert "start" in text
     assert "fine-tuned" in text
     assert (output / "report.html").is_file()
-    start, card = load_model_dir(output / "model")
+    before, _ = load_model_dir(output / "start")
+    after, card = load_model_dir(output / "model")
     assert card["method"] == "rft"
-    assert type(start.build().network).__name__ == "MyNet"
+    assert after.image_shape == (3, 24, 24)
+    assert type(after.build().network).__name__ == "MyNet"
+    # Fine-tuning moved the weights, not only BatchNorm's running statistics.
+    assert before.state is not None
+    assert after.state is not None
+    weights = [name for name in before.state if name.endswith("weight")]
+    assert len(weights) == 5
+    for name in weights:
+        assert not torch.equal(before.state[name], after.state[name]), name
+    # What was measured of each model is what that model does, picture by picture.
+    config = rft.TaskConfig(
+        data="imagefolder",
+        root=str(root),
+        image_size=24,
+        val_size=12,
+        threat_models=(rft.ThreatModel("Linf", 4 / 255),),
+        mean=before.mean,
+        std=before.std,
+    )
+    test = rft.load_task(config).splits["test"]
+    pictures = torch.from_numpy(test.images).float() / 255
+    for name, model in (("start", before), ("fine-tuned", after)):
+        stored = load_evaluation(output / f"{name}.parquet")
+        assert {row["eps"] for row in stored.steps} == {4 / 255}
+        with torch.no_grad():
+            chances = model.build().eval()(pictures).softmax(1)
+        assert stored.confidence == pytest.approx(chances.amax(1).numpy(), abs=1e-5)
+        right = chances.argmax(1).numpy() == test.labels
+        assert stored.masks["clean"].tolist() == right.tolist()
+        assert not (stored.masks["Linf/pgd"] & ~right).any()
 
 
 def test_own_model_says_where_pictures_belong(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from robustft.attacks import apgd, project
 from robustft.data.base import Task
 from robustft.errors import ConfigError
 from robustft.methods import METHODS, multinorm
+from robustft.methods.base import Result
 from robustft.methods.multinorm import (
     MultiNormConfig,
     multi_steepest_descent,
@@ -35,6 +36,7 @@ from robustft.training.seeding import generator
 SCHEMES = ("error_weighted", "uniform", "alternate", "max", "avg", "msd")
 THREATS = (ThreatModel("Linf", 0.05), ThreatModel("L2", 0.4), ThreatModel("L1", 1.5))
 STILL = AugmentConfig(crop_padding=0, flip=0.0)
+ROSE = OptimizerConfig(name="rose", upper=60.0)
 SMALL: dict[str, Any] = {"num_steps": 2, "val_steps": 2, "batch_size": 16, "augment": STILL}
 
 
@@ -559,6 +561,21 @@ def test_resumed_equals_undisturbed_bit_for_bit(
     config = MultiNormConfig(
         **SMALL, scheme=scheme, epochs=3, lr=0.2, msd_l1_step="published", seed=5
     )
+    assert_resumes(config, stop_after, union, robust, tmp_path)
+
+
+def test_resumed_with_masks_equals_undisturbed_bit_for_bit(
+    union: Task, robust: Start, tmp_path: Any
+) -> None:
+    config = MultiNormConfig(**SMALL, optimizer=ROSE, epochs=2, lr=0.01)
+    rows = assert_resumes(config, 1, union, robust, tmp_path).tables["epochs"]
+    assert [0 < row["mask/kept"] < 1 for row in rows[1:]] == [True, True]
+
+
+def assert_resumes(
+    config: MultiNormConfig, stop_after: int, union: Task, robust: Start, tmp_path: Any
+) -> Result:
+    """Check that a run which dies and goes on is the one that does not die; return that one."""
     whole = train(config, LocalContext(task=union, start=robust))
     first = StoppingContext(task=union, start=robust, stop_after=stop_after)
     with pytest.raises(Stopped):
@@ -573,6 +590,43 @@ def test_resumed_equals_undisturbed_bit_for_bit(
     assert resumed.tables == whole.tables
     assert resumed.choices == whole.choices
     assert all(torch.equal(resumed.state[name], whole.state[name]) for name in whole.state)
+    return whole
+
+
+# --- with ROSE's masks ---------------------------------------------------------------------------
+
+
+def test_masks_hold_back_the_weights_that_they_should(union: Task, robust: Start) -> None:
+    """The first of two steps keeps all, so only the kernels frozen in the second can differ."""
+    states, rows = {}, {}
+    for upper in (100.0, 60.0):
+        config = MultiNormConfig(
+            **{**SMALL, "batch_size": 25},
+            optimizer=dataclasses.replace(ROSE, upper=upper),
+            schedule=ScheduleConfig(),
+            epochs=1,
+            lr=0.01,
+        )
+        context = LocalContext(task=union, start=robust)
+        result = train(config, context)
+        states[upper], rows[upper] = result.state, result.tables["epochs"][-1]
+        assert context.reports[-1]["mask/kept"] == rows[upper]["mask/kept"]
+    kernels = {name for name, value in states[60.0].items() if value.ndim > 1 and "layer" in name}
+    differing = {
+        name for name, value in states[60.0].items() if not torch.equal(value, states[100.0][name])
+    }
+    kept = (len(kernels) - 1) * 60 // 100 + 1
+    assert len(kernels) > 5
+    assert differing < kernels
+    assert len(differing) == len(kernels) - kept
+    assert (rows[100.0]["mask/kept"], rows[100.0]["mask/churn"]) == (1.0, 0.0)
+    assert rows[60.0]["mask/kept"] == pytest.approx((1 + kept / len(kernels)) / 2)
+    assert rows[60.0]["mask/churn"] == pytest.approx(1 - kept / len(kernels))
+
+
+def test_without_rose_nothing_is_said_of_masks(union: Task, fresh: Start) -> None:
+    result = train(MultiNormConfig(**SMALL, epochs=1), LocalContext(task=union, start=fresh))
+    assert not [name for row in result.tables["epochs"] for name in row if "mask" in name]
 
 
 # --- what it is for ------------------------------------------------------------------------------

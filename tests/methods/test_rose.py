@@ -27,9 +27,9 @@ from robustft.methods.rose import (
     set_dropout,
     train,
 )
-from robustft.methods.rose_log import MaskLog, kind_of
 from robustft.methods.text_losses import TextLossConfig
 from robustft.training.context import LocalContext
+from robustft.training.mask_log import MaskLog, kind_of
 from robustft.training.rose_adamw import StepRecord
 from robustft.training.seeding import derive_seed
 from robustft.training.text_loader import TextLoader

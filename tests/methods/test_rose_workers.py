@@ -12,9 +12,9 @@ from test_workers import DataParallelEngine, GlooContext
 from torch import distributed, multiprocessing
 
 from robustft.methods.rose import RoseConfig, train
-from robustft.methods.rose_log import MaskLog
 from robustft.methods.text_losses import TextLossConfig
 from robustft.training.context import LocalContext
+from robustft.training.mask_log import MaskLog
 from robustft.training.rose_adamw import StepRecord
 
 # Without dropout, or with noise that depends on the texts alone, shares do not matter. The last

@@ -47,6 +47,7 @@ from robustft.runtime.jsonfile import write_json
 from robustft.runtime.results import save_result
 from robustft.training.context import LocalContext, PlainEngine
 from robustft.training.engine_options import EngineOptions
+from robustft.training.optimizers import OptimizerConfig
 from robustft.training.seeding import derive_seed
 from robustft.training.text_loader import TextLoader, text_rows
 
@@ -122,6 +123,13 @@ def contents(path: Path) -> dict[str, Any]:
 
 def same_state(first: Any, second: Any) -> bool:
     return all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_roses_optimizer_says_what_its_masks_kept(task: TextTask, start: TextStart) -> None:
+    config = dataclasses.replace(SMALL, epochs=1, optimizer=OptimizerConfig(name="rose"))
+    (row,) = train(config, context(task, start)).tables["epochs"]
+    assert 0 < row["mask/kept"] < 1
+    assert {"mask/kept_attention", "mask/kept_ffn", "mask/churn"} <= row.keys()
 
 
 # --- collection ----------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class Cost:
         all_forwards, all_backwards, all_seconds: the same, added up over all trials of the run.
         num_trials: how many trials that were.
         wall_seconds: of the whole run; a start that was trained earlier and cached took none of it.
+        memory: largest resident memory of a process that trained, MiB.
     """
 
     forwards: float | None = None
@@ -78,6 +79,7 @@ class Cost:
     all_seconds: float | None = None
     num_trials: int = 1
     wall_seconds: float | None = None
+    memory: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

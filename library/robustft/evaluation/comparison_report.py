@@ -392,6 +392,10 @@ def _cost_table(runs: Sequence[ComparedRun]) -> Table:
         ("evaluation (forwards)", True),
         ("whole run", True),
     ]
+    # Only the protocol of compare --preset watches it.
+    with_memory = any(run.cost.memory is not None for run in runs)
+    if with_memory:
+        columns.append(("memory of a worker (MiB)", True))
     rows = []
     for run in runs:
         cost, measured = run.cost, run.evaluations.values()
@@ -399,17 +403,18 @@ def _cost_table(runs: Sequence[ComparedRun]) -> Table:
             sum(getattr(one, name) for one in measured)
             for name in ("num_forwards", "num_backwards")
         )
-        whole = cost.wall_seconds
-        rows.append(
-            [
-                _text(run.name),
-                _passes(cost.forwards, cost.backwards, cost.seconds),
-                _number(cost.num_trials, f"{cost.num_trials:,}"),
-                _passes(cost.all_forwards, cost.all_backwards, cost.all_seconds),
-                _passes(forwards, backwards, None),
-                Entry("-", "") if whole is None else _number(whole, duration(whole)),
-            ]
-        )
+        whole, memory = cost.wall_seconds, cost.memory
+        cells = [
+            _text(run.name),
+            _passes(cost.forwards, cost.backwards, cost.seconds),
+            _number(cost.num_trials, f"{cost.num_trials:,}"),
+            _passes(cost.all_forwards, cost.all_backwards, cost.all_seconds),
+            _passes(forwards, backwards, None),
+            Entry("-", "") if whole is None else _number(whole, duration(whole)),
+        ]
+        if with_memory:
+            cells.append(Entry("-", "") if memory is None else _number(memory, f"{memory:,.0f}"))
+        rows.append(cells)
     return Table(columns, rows)
 
 

@@ -22,7 +22,7 @@ from robustft.training.augment import AugmentConfig
 from robustft.training.checks import require_at_least, require_choice, require_range
 from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader
-from robustft.training.loop import BatchLoss, Best, run_epoch, share_buffers
+from robustft.training.loop import BatchLoss, Best, epoch_metrics, run_epoch, share_buffers
 from robustft.training.optimizers import OptimizerConfig, build_optimizer
 from robustft.training.schedules import ScheduleConfig
 
@@ -237,11 +237,7 @@ def _train(config: TrainingConfig, context: RunContext, batch_loss: BatchLoss) -
         network.train()
         trained = run_epoch(config, context, network, loader, batch_loss, epoch=epoch)
         share_buffers(context.engine.module, context)
-        metrics = {
-            "train/loss": trained["loss"],
-            "train/robust": trained["accuracy"],
-            "lr": trained["lr"],
-        }
+        metrics = epoch_metrics(trained, accuracy="train/robust")
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
             measured = validate(

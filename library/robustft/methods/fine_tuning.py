@@ -25,7 +25,14 @@ from robustft.models.heads import find_head
 from robustft.training.augment import AugmentConfig
 from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader
-from robustft.training.loop import BatchLoss, Best, cpu_state, run_epoch, share_buffers
+from robustft.training.loop import (
+    BatchLoss,
+    Best,
+    cpu_state,
+    epoch_metrics,
+    run_epoch,
+    share_buffers,
+)
 from robustft.training.optimizers import OptimizerConfig, build_optimizer
 from robustft.training.schedules import ScheduleConfig
 from robustft.training.seeding import derive_seed
@@ -364,7 +371,7 @@ class FineTuning:
             accuracy_name: what the accuracy of the returned logits is called.
 
         Returns:
-            "train/loss", the accuracy, and "lr".
+            "train/loss", the accuracy, "lr", and of ROSE's optimiser what its masks did.
         """
         self.network.train(training)
         config, halves = self._config, self._halves
@@ -378,11 +385,7 @@ class FineTuning:
         trained = run_epoch(pace, self._context, self.network, self.loader, batch_loss, epoch=epoch)
         share_buffers(self._context.engine.module, self._context)
         self.spend("train", *passes)
-        return {
-            "train/loss": trained["loss"],
-            accuracy_name: trained["accuracy"],
-            "lr": trained["lr"],
-        }
+        return epoch_metrics(trained, accuracy=accuracy_name)
 
     def spend(self, split: str, forwards: int, backwards: int = 0) -> None:
         """Count passes over each image of a split; an epoch reports what it has taken in all."""

@@ -35,7 +35,7 @@ from robustft.methods.instance_training import SteadyLoader, plan, run, steps_of
 from robustft.training.augment import AugmentConfig, augment
 from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader, rows
-from robustft.training.loop import run_epoch, share_buffers
+from robustft.training.loop import epoch_metrics, run_epoch, share_buffers
 from robustft.training.optimizers import build_optimizer
 
 __all__ = [
@@ -156,11 +156,7 @@ def train(config: InstancesConfig, context: RunContext) -> Result:
         trained = run_epoch(pace, context, network, loader, loss, epoch=epoch)
         share_buffers(context.engine.module, context)
         accuracy = "train/clean" if config.training == "clean" else "train/robust"
-        return {
-            "train/loss": trained["loss"],
-            accuracy: trained["accuracy"],
-            "lr": trained["lr"],
-        }
+        return epoch_metrics(trained, accuracy=accuracy)
 
     return run(
         config,

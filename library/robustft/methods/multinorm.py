@@ -32,7 +32,7 @@ from robustft.methods.norm_sampler import NormSampler, hull_l2_radius
 from robustft.threat import Norm, ThreatModel
 from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader, rows
-from robustft.training.loop import Best, run_epoch, share_buffers
+from robustft.training.loop import Best, epoch_metrics, run_epoch, share_buffers
 from robustft.training.optimizers import FIXED_RATE, build_optimizer
 
 __all__ = [
@@ -303,12 +303,7 @@ def train(config: MultiNormConfig, context: RunContext) -> Result:
         steps = _Steps(config, context, threats=threats, sampler=sampler, num_steps=len(loader))
         trained = run_epoch(config, context, network, loader, steps.batch_loss, epoch=epoch)
         share_buffers(context.engine.module, context)
-        metrics = {
-            "train/loss": trained["loss"],
-            "train/robust": trained["accuracy"],
-            "lr": trained["lr"],
-            **steps.metrics(),
-        }
+        metrics = epoch_metrics(trained, accuracy="train/robust") | steps.metrics()
         if epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0:
             measured = measure(context.engine.module, threats=context.task.threat_models)
             metrics.update(measured)

@@ -55,7 +55,7 @@ from robustft.models.start import Start
 from robustft.threat import ThreatModel
 from robustft.training.context import RunContext
 from robustft.training.loaders import Batch, Loader, rows
-from robustft.training.loop import Best, cpu_state, run_epoch, share_buffers
+from robustft.training.loop import Best, cpu_state, epoch_metrics, run_epoch, share_buffers
 from robustft.training.optimizers import build_optimizer
 from robustft.training.precision import full_float32
 from robustft.training.seeding import derive_seed, generator
@@ -430,9 +430,7 @@ def _stage(
         score = measured["val/clean"] if config.keep == "best" else float(epoch)
         best.offer(score, epoch=number, state=context.engine.model_state)
         metrics = {
-            "train/loss": trained["loss"],
-            "train/clean": trained["accuracy"],
-            "lr": trained["lr"],
+            **epoch_metrics(trained, accuracy="train/clean"),
             **{name.replace("val/", val): value for name, value in measured.items()},
             **dict(zip(PASSES, passes, strict=True)),
         }

@@ -30,7 +30,6 @@ from robustft.methods.child_tuning import ChildTuning
 from robustft.methods.common import eval_mode
 from robustft.methods.fine_tuning import PASSES
 from robustft.methods.rose_config import RoseConfig
-from robustft.methods.rose_log import MaskLog
 from robustft.methods.text_losses import (
     TextLoss,
     WithEmbeddings,
@@ -41,6 +40,7 @@ from robustft.models.text import TextModel
 from robustft.training.context import RunContext, State
 from robustft.training.loaders import Batch
 from robustft.training.loop import Best, pieces
+from robustft.training.mask_log import MaskLog
 from robustft.training.optimizers import set_lr
 from robustft.training.rose_adamw import RoseAdamW, StepRecord
 from robustft.training.rose_masks import MaskOptions

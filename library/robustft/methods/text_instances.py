@@ -44,6 +44,7 @@ from robustft.models.text import TextModel, TextStart
 from robustft.training.checks import require_at_least, require_range
 from robustft.training.context import RunContext
 from robustft.training.loop import BatchLoss, pieces
+from robustft.training.mask_log import EpochMasks
 from robustft.training.optimizers import OptimizerConfig, build_optimizer, set_lr
 from robustft.training.schedules import ScheduleConfig
 from robustft.training.seeding import derive_seed, generator
@@ -218,13 +219,13 @@ def _run_epoch(
     *,
     epoch: int,
 ) -> dict[str, float]:
-    """Take the steps of an epoch (0-based); return "train/loss", "train/clean" and "lr".
+    """Take the steps of an epoch (0-based); return "train/loss", "train/clean", "lr" and masks.
 
     Each batch is computed in as many parts, and in the precision, that the engine's options say.
     """
     engine, num_steps = context.engine, len(loader)
     totals = torch.zeros(3, dtype=torch.float64, device=context.device)
-    rate = 0.0
+    masks, rate = EpochMasks(engine.optimizer), 0.0
     for step, batch in enumerate(loader.epoch(epoch)):
         done = epoch * num_steps + step
         factor = linear_rate(done, config.epochs * num_steps, warmup=config.lr_warmup)
@@ -250,13 +251,15 @@ def _run_epoch(
         if config.clip_norm is not None:
             engine.clip(engine.module.parameters(), config.clip_norm)
         engine.step()
+        masks.add_step()
     loss_sum, correct, count = context.sum(totals).tolist()
     if not math.isfinite(loss_sum):
         raise NonFiniteLossError(
             f"the training loss became {loss_sum} in epoch {epoch + 1}: lower lr = {config.lr:g}, "
             "or start from other weights"
         )
-    return {"train/loss": loss_sum / count, "train/clean": correct / count, "lr": rate}
+    trained = {"train/loss": loss_sum / count, "train/clean": correct / count, "lr": rate}
+    return trained | masks.metrics()
 
 
 def _measure(config: TextInstancesConfig, context: RunContext) -> dict[str, float]:

@@ -161,6 +161,9 @@ class RuntimeConfig:
     under $ROBUSTFT_HOME, since the job's folder is temporary)."""
     tracking_uri: str | None = None
     """MLflow address. None: $MLFLOW_TRACKING_URI, else SQLite beside the runs."""
+    register: bool = True
+    """False: the final model is logged in MLflow, and no version of the registered model is made
+    of it."""
     address: str | None = None
     """Ray address. None: $RAY_ADDRESS, else an embedded Ray in this process tree."""
 

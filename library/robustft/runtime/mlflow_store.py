@@ -314,8 +314,9 @@ class MlflowStore:
             # Unlike inputs, MLflow does not accept the same output twice.
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         self._log_metrics(run_id, [{**record, "values": record["metrics"]}], model.model_id)
-        tags |= {clean_key(key): value for key, value in record.get("scores", {}).items()}
-        self._register(run_id, model, registered, tags, record["alias"])
+        if record.get("register", True):
+            tags |= {clean_key(key): value for key, value in record.get("scores", {}).items()}
+            self._register(run_id, model, registered, tags, record["alias"])
 
     def _register(
         self, run_id: str, model: Any, name: str, tags: Mapping[str, str], alias: str

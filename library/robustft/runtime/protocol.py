@@ -40,6 +40,7 @@ __all__ = [
     "Bench",
     "Candidate",
     "Entry",
+    "Findings",
     "Kind",
     "ProtocolOptions",
     "affordable",
@@ -213,6 +214,37 @@ class Entry:
         return self.prepared.total + self.trial.total * len(self.candidates)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What a comparison has found, before it is tested and drawn: ``results.json`` keeps it.
+
+    Args:
+        data: name of the data set.
+        command: that began the comparison.
+        options: as they were given, those of the protocol among them.
+        seeds: of every row.
+        tolerance: of the choice on val, a fraction.
+        budget: of each method's search, in passes of single examples.
+        sizes: what costs depend on.
+        columns: header -> metric on test.
+        paired: metrics in which every pair of methods is tested.
+        reference: (clean, robust) of the start on val, fractions.
+        methods: the rows, in the table's order.
+    """
+
+    data: str
+    command: str
+    options: Mapping[str, Any]
+    seeds: Sequence[int]
+    tolerance: float
+    budget: float
+    sizes: Mapping[str, int]
+    columns: Mapping[str, str]
+    paired: Sequence[str]
+    reference: tuple[float, float]
+    methods: Sequence[Entry]
+
+
 def preparation(arm: Arm, sizes: Sizes, folder: Path | None = None) -> Passes:
     """Return what is spent once before the first trial: criticality, or statistics."""
     config = arm.config(folder)
@@ -236,7 +268,11 @@ def experiment_of(base: Experiment, method: Any, space: Mapping[str, Sequence[An
     # A run always ends with a look at test; of a search nobody reads it.
     evaluation = dataclasses.replace(base.evaluation, suite="clean", limit=50, sanity=False)
     search = SearchConfig(space={name: list(values) for name, values in space.items()})
-    return dataclasses.replace(base, method=method, search=search, evaluation=evaluation)
+    # The comparison registers its rows itself, by values on val that are measured alike.
+    runtime = dataclasses.replace(base.runtime, register=False)
+    return dataclasses.replace(
+        base, method=method, search=search, evaluation=evaluation, runtime=runtime
+    )
 
 
 def searching(base: Experiment, arm: Arm, values: Sequence[Any], folder: Path | None) -> Experiment:
@@ -285,7 +321,8 @@ class Bench:
 
         Args:
             experiment: the part.
-            name: begins that of its folder.
+            name: begins that of its folder; its first word is the tag ``part`` of its MLflow run:
+                "search", "row" or "statistics".
             like: folder of a finished part that measured the same start: those items of its
                 evaluation are not computed again.
         """
@@ -294,7 +331,7 @@ class Bench:
         if like is not None and (like / "items").is_dir() and not directory.exists():
             shutil.copytree(like / "items", directory / "items")
         if not (directory / "summary.json").is_file():
-            with MemoryWatch() as watch:
+            with tagged(f"part={name.split('-')[0]}"), MemoryWatch() as watch:
                 run(experiment, run_dir=directory)
             write_json(remembered, watch.largest)
         known = json.loads(remembered.read_text()) if remembered.is_file() else None

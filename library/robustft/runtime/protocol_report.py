@@ -1,16 +1,17 @@
 """What a comparison of methods found: tables, picture, page and document."""
 
 import dataclasses
+import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from robustft.config import to_dict
-from robustft.errors import RunError
+from robustft.errors import DataError, RunError
 from robustft.evaluation.comparison import (
     ComparedRun,
     Comparison,
@@ -21,14 +22,26 @@ from robustft.evaluation.comparison import (
 from robustft.evaluation.comparison_report import RunFacts, write_comparison_report
 from robustft.evaluation.drawing import place_labels
 from robustft.evaluation.intervals import mean_interval
+from robustft.methods.costs import Passes
 from robustft.runtime.jsonfile import write_json
-from robustft.runtime.outputs import command_line
-from robustft.runtime.protocol import Bench, Entry, Kind, ProtocolOptions, robust_mean
-from robustft.runtime.stored_runs import StoredRun, compared_run, run_panels
+from robustft.runtime.protocol import Candidate, Entry, Findings, robust_mean
+from robustft.runtime.stored_runs import StoredRun, compared_run, load_run, run_panels
 
-__all__ = ["compared", "conclude", "draw", "table", "tested"]
+__all__ = [
+    "RESULTS",
+    "compared",
+    "conclude",
+    "conclude_again",
+    "draw",
+    "load_findings",
+    "measured_columns",
+    "table",
+    "tested",
+]
 
 START = "start"
+RESULTS = "results.json"
+"""What a comparison has found, in its folder."""
 
 
 def compared(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> list[ComparedRun]:
@@ -61,6 +74,7 @@ def compared(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> list[Comp
             all_backwards=entry.prepared.backwards + entry.trial.backwards * len(entry.candidates),
             all_seconds=entry.search_seconds,
             num_trials=len(entry.candidates),
+            memory=None if math.isnan(entry.memory) else entry.memory,
         )
         found.append(dataclasses.replace(run_of, cost=cost))
     return found
@@ -97,29 +111,25 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def table(
-    entries: Sequence[Entry],
-    start: Mapping[str, float],
-    kind: Kind,
-    options: ProtocolOptions,
-    pairs: Comparison | None = None,
-) -> str:
+def measured_columns(findings: Findings) -> dict[str, str]:
+    """Return the columns that all rows have: header -> metric on test."""
+    return {
+        title: metric
+        for title, metric in findings.columns.items()
+        if all(metric in entry.test for entry in findings.methods)
+    }
+
+
+def table(findings: Findings, start: Mapping[str, float], pairs: Comparison | None = None) -> str:
     """Return Markdown: accuracies on test, changes from the start, costs, and paired tests.
 
     Args:
-        entries: in any order; rows stand in the order of the kind's methods.
+        findings: the rows, in their order.
         start: metric -> accuracy on test; empty where there is no start that knows the task.
-        kind: gives columns and order.
-        options: seeds and tolerance.
         pairs: every pair of methods.
     """
-    order = list(kind.methods)
-    entries = sorted(entries, key=lambda entry: order.index(entry.name))
-    columns = {
-        title: metric
-        for title, metric in kind.columns.items()
-        if all(metric in entry.test for entry in entries)
-    }
+    entries = findings.methods
+    columns = measured_columns(findings)
     rows = []
     if start:
         rows.append([START, *(percent([start[m]]) for m in columns.values()), ""])
@@ -152,24 +162,45 @@ def table(
         for entry in entries
     ]
     lines += ["", *markdown(costs, rows)]
-    lines += ["", *tested(pairs, kind)]
-    seeds = ", ".join(map(str, options.seeds))
+    lines += ["", *chosen_on_val(findings)]
+    lines += ["", *tested(pairs, findings)]
+    seeds = ", ".join(map(str, findings.seeds))
     lines += [
         "",
         f"Test, percent: mean over seeds {seeds} of fine-tuning and 95 % interval (Student), one "
         "start. Costs: passes of single examples, forwards and backwards, seconds on one worker; "
         "judging is the protocol's look at val.",
         f"Chosen on val: highest clean accuracy among trials that lose at most "
-        f"{100 * options.tolerance:g} points of the start's mean robust accuracy.",
+        f"{100 * findings.tolerance:g} points of the start's mean robust accuracy.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def tested(pairs: Comparison | None, kind: Kind) -> list[str]:
+def chosen_on_val(findings: Findings) -> list[str]:
+    """Return what the rule chose, and what the most robust trial would have been, as a table."""
+
+    def cells(one: Candidate, field: str) -> list[str]:
+        union = one.accuracies.get("robust", math.nan)
+        numbers = (100 * one.clean, 100 * one.robust, 100 * union)
+        return [f"{field} {short(one.value)}", *(number(value, ".1f") for value in numbers)]
+
+    clean, robust = findings.reference
+    rows = [[START, "", f"{100 * clean:.1f}", f"{100 * robust:.1f}", *[""] * 5]]
+    for entry in findings.methods:
+        value = entry.others["robust"]
+        other = next(one for one in entry.candidates if one.value == value and not one.error)
+        same = other.index == entry.chosen.index
+        rest = ["the same", "", "", ""] if same else cells(other, entry.field)
+        rows.append([entry.name, *cells(entry.chosen, entry.field), *rest])
+    header = ["on val", "chosen", "clean", "robust", "union"]
+    return markdown([*header, "most robust", *header[2:]], rows)
+
+
+def tested(pairs: Comparison | None, findings: Findings) -> list[str]:
     """Return the differences between methods that Holm's procedure leaves, as a table."""
     if pairs is None:
         return []
-    titles = {metric: title for title, metric in kind.columns.items()}
+    titles = {metric: title for title, metric in findings.columns.items()}
     rows = [
         [
             titles.get(one.metric, one.metric),
@@ -186,7 +217,7 @@ def tested(pairs: Comparison | None, kind: Kind) -> list[str]:
     text = (
         f"Paired tests over examples of {names}, every pair, adjusted by Holm: {count} are decided."
     )
-    missing = [titles.get(name, name) for name in kind.paired if name not in pairs.metrics]
+    missing = [titles.get(name, name) for name in findings.paired if name not in pairs.metrics]
     if missing:
         text += f" Not tested, because not measured apart by every row: {', '.join(missing)}."
     lines = [text]
@@ -196,32 +227,31 @@ def tested(pairs: Comparison | None, kind: Kind) -> list[str]:
     return lines
 
 
-def tested_metrics(kind: Kind, against: Comparison) -> list[str]:
-    """Return the metrics in which every pair is tested: those of ``kind`` that all rows measured.
+def tested_metrics(paired: Sequence[str], against: Comparison) -> list[str]:
+    """Return the metrics in which every pair is tested: those of ``paired`` that all rows measured.
 
     Args:
-        kind: names them.
+        paired: names them.
         against: all rows against the first. A double there says the same of every example as
             another metric of that page; here it is tested under its own name.
     """
     known = {*against.metrics, *against.doubles}
-    return [name for name in kind.paired if name in known]
+    return [name for name in paired if name in known]
 
 
-def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind: Kind) -> Figure:
+def draw(findings: Findings, start: Mapping[str, float]) -> Figure:
     """Draw clean against robust accuracy: rows on test, and every trial on val.
 
     Args:
-        entries: the methods.
+        findings: the rows and their trials.
         start: metric -> accuracy on test, or empty.
-        on_val: (clean, robust) of the start on val, or None.
-        kind: gives the attacked metrics.
     """
+    entries, columns = findings.methods, findings.columns
     figure = Figure(figsize=(11, 5), layout="constrained")
     test, val = figure.subplots(1, 2)
-    points = {entry.name: plane(entry.test, kind) for entry in entries}
+    points = {entry.name: plane(entry.test, columns) for entry in entries}
     if start:
-        points[START] = plane({name: [value] for name, value in start.items()}, kind)
+        points[START] = plane({name: [value] for name, value in start.items()}, columns)
     front = pareto_front(points)
     for index, (name, (clean, robust)) in enumerate(points.items()):
         marker = "*" if name == START else "o"
@@ -240,8 +270,8 @@ def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind
         )
         chosen = entry.chosen
         val.plot([100 * chosen.clean], [100 * chosen.robust], linestyle="", **style)
-    if on_val is not None:
-        val.plot([100 * on_val[0]], [100 * on_val[1]], "*", color="black", label=START)
+    clean, robust = findings.reference
+    val.plot([100 * clean], [100 * robust], "*", color="black", label=START)
     test.set_title("test, mean over seeds; filled: on the Pareto front", fontsize="small")
     val.set_title("val, every trial; filled: chosen", fontsize="small")
     val.legend(fontsize="x-small", ncols=2)
@@ -254,10 +284,10 @@ def draw(entries: Sequence[Entry], start: Mapping[str, float], on_val: Any, kind
     return figure
 
 
-def plane(test: Mapping[str, Sequence[float]], kind: Kind) -> tuple[float, float]:
+def plane(test: Mapping[str, Sequence[float]], columns: Mapping[str, str]) -> tuple[float, float]:
     """Return mean clean, and mean robust accuracy over threat models (text: attacks), percent."""
     means = {name: sum(values) / len(values) for name, values in test.items() if values}
-    known = {name: value for name, value in means.items() if name in kind.columns.values()}
+    known = {name: value for name, value in means.items() if name in columns.values()}
     return 100 * known["clean"], 100 * robust_mean(known)
 
 
@@ -284,39 +314,103 @@ def described(entries: Sequence[Entry], stored: Sequence[StoredRun]) -> dict[str
 
 
 def conclude(
-    bench: Bench, entries: Sequence[Entry], stored: Sequence[StoredRun], on_val: Any
+    output: Path, findings: Findings, stored: Sequence[StoredRun]
 ) -> tuple[dict[str, Any], str]:
-    """Test, write everything; return the document and the table."""
-    kind, output = bench.kind, bench.output
-    runs = compared(entries, stored)
+    """Test, write everything; return the document and the table.
+
+    Args:
+        output: folder of table.md, pareto.png, results.json and the page.
+        findings: what the comparison has found.
+        stored: the runs of the rows, in their order.
+    """
+    runs = compared(findings.methods, stored)
     start: dict[str, float] = {}
     against, pairs = None, None
     if runs[0].name == START:
-        measured_start = runs[0].first.metrics
-        start = {m: float(measured_start[m]) for m in kind.columns.values() if m in measured_start}
+        known = runs[0].first.metrics
+        start = {m: float(known[m]) for m in findings.columns.values() if m in known}
     if len(runs) > 1:
         against = compare_runs(runs, with_first=True)
-        pairs = compare_runs(runs, metrics=tested_metrics(kind, against))
-        command = command_line(sys.argv)
+        pairs = compare_runs(runs, metrics=tested_metrics(findings.paired, against))
         write_comparison_report(
             output,
             against,
-            described=described(entries, stored),
-            title=f"{len(entries)} methods on {bench.task.name}, one protocol",
-            command=command,
+            described=described(findings.methods, stored),
+            title=f"{len(findings.methods)} methods on {findings.data}, one protocol",
+            command=findings.command,
         )
-    text = table(entries, start, kind, bench.options, pairs)
+    text = table(findings, start, pairs)
     (output / "table.md").write_text(text, encoding="utf-8")
-    draw(entries, start, on_val, kind).savefig(output / "pareto.png", dpi=150)
+    draw(findings, start).savefig(output / "pareto.png", dpi=150)
     document = {
-        "options": to_dict(bench.options),
-        "budget": bench.options.budget or kind.budget,
-        "sizes": dataclasses.asdict(bench.sizes),
-        "reference": None if on_val is None else {"clean": on_val[0], "robust": on_val[1]},
+        **to_dict(findings),
         "start": start,
-        "methods": [{**to_dict(entry), "search_passes": entry.search_passes} for entry in entries],
         "against_first": None if against is None else against.document(),
         "pairs": None if pairs is None else pairs.document(),
     }
-    write_json(output / "results.json", document)
+    for entry, written in zip(findings.methods, document["methods"], strict=True):
+        written["search_passes"] = entry.search_passes
+    write_json(output / RESULTS, document)
     return document, text
+
+
+def load_findings(folder: Path) -> Findings:
+    """Read what ``conclude`` has written.
+
+    Raises:
+        DataError: the file is not one of this version's.
+    """
+    path = folder / RESULTS
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        fields = {field.name: document[field.name] for field in dataclasses.fields(Findings)}
+        clean, robust = fields["reference"]
+        methods = [_entry(values) for values in fields["methods"]]
+        return Findings(**{**fields, "reference": (clean, robust), "methods": methods})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged or of another "
+            "version; give the command of the comparison again, which repeats nothing"
+        ) from error
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    """Return a row as it was before JSON."""
+    own = {field.name: values[field.name] for field in dataclasses.fields(Entry)}
+    candidates = [_candidate(one) for one in own["candidates"]]
+    memory = own["memory"]
+    return Entry(
+        **{
+            **own,
+            "candidates": candidates,
+            "chosen": next(one for one in candidates if one.index == own["chosen"]["index"]),
+            "prepared": Passes(**own["prepared"]),
+            "trial": Passes(**own["trial"]),
+            "memory": math.nan if memory is None else memory,
+            "folder": Path(own["folder"]),
+        }
+    )
+
+
+def _candidate(values: Mapping[str, Any]) -> Candidate:
+    # JSON has no NaN: what failed has no accuracy.
+    numbers = {
+        name: math.nan if values[name] is None else values[name] for name in ("clean", "robust")
+    }
+    return Candidate(**{**values, **numbers})
+
+
+def conclude_again(folder: Path) -> Path:
+    """Test, draw and write a comparison anew from what it has stored; return its page.
+
+    Args:
+        folder: of the comparison; it may have been moved since.
+
+    Raises:
+        ConfigError: a row's run is not there any more.
+        DataError: something stored is damaged.
+    """
+    findings = load_findings(folder)
+    stored = [load_run(folder / "runs" / entry.folder.name) for entry in findings.methods]
+    conclude(folder, findings, stored)
+    return folder / "report.html"

@@ -31,10 +31,13 @@ __all__ = [
     "TrackingListener",
     "log_data",
     "log_finished",
+    "log_model",
     "log_prepared",
     "log_stage",
+    "log_table",
     "log_trials",
     "registered_name",
+    "split_measure",
     "start_parent",
 ]
 
@@ -215,7 +218,13 @@ def log_trials(tracker: Tracker, parent: str, trials: Sequence[Trial]) -> None:
 
 
 def log_finished(
-    tracker: Tracker, parent: str, directory: Path, found: Found, summary: Mapping[str, Any]
+    tracker: Tracker,
+    parent: str,
+    directory: Path,
+    found: Found,
+    summary: Mapping[str, Any],
+    *,
+    register: bool = True,
 ) -> None:
     """Log the headline numbers, the tables, the files, the plots and the model of a finished run.
 
@@ -225,6 +234,7 @@ def log_finished(
         directory: the run's folder, with everything that it leaves.
         found: what the run has found.
         summary: what ``summary.json`` holds.
+        register: make a version of the task's registered model.
     """
     numbers = {
         name: value
@@ -255,25 +265,70 @@ def log_finished(
     raised = {flag.name for e in evaluations(found) for flag in e.flags if flag.raised}
     looked_at = {flag.name for e in evaluations(found) for flag in e.flags}
     tracker.set_tags(parent, {f"flag.{name}": name in raised for name in sorted(looked_at)})
-    tags = {
-        "method": summary["method"],
-        "run_id": directory.name,
-        "architecture": architecture(found.start),
-        "data": found.task.name,
-        "threat_model": ", ".join(map(str, radii(found.task))),
-        "selection": found.task.selection,
-        "leaky": found.leaky,
-    }
-    tracker.log_model(
+    log_model(
+        tracker,
         parent,
         found.model_dir,
-        name=f"{found.task.name}-{architecture(found.start)}-{summary['method']}",
-        registered=registered_name(found.task),
-        tags=tags,
+        task=found.task,
+        network=architecture(found.start),
+        method=summary["method"],
+        run_id=directory.name,
+        leaky=found.leaky,
         # These appear with the run as well, so they are not logged apart.
         metrics={f"test/{name}": value for name, value in numbers.items()},
         scores=_scores(directory, found),
+        register=register,
     )
+
+
+def log_model(
+    tracker: Tracker,
+    run: str,
+    directory: Path,
+    *,
+    task: AnyTask,
+    network: str,
+    method: str,
+    run_id: str,
+    leaky: bool,
+    metrics: Mapping[str, float],
+    scores: Mapping[str, Score],
+    register: bool = True,
+) -> None:
+    """Log a model of a task, or register one that was logged before.
+
+    Args:
+        tracker: of the run's folder.
+        run: that made the model.
+        directory: of the model.
+        task, network, method, run_id, leaky: what names and describes it.
+        metrics: on test; they appear with the run as well.
+        scores: on the selection split, for the aliases.
+        register: make a version of the task's registered model.
+    """
+    tracker.log_model(
+        run,
+        directory,
+        name=f"{task.name}-{network}-{method}",
+        registered=registered_name(task),
+        register=register,
+        tags={
+            "method": method,
+            "run_id": run_id,
+            "architecture": network,
+            "data": task.name,
+            "threat_model": ", ".join(map(str, radii(task))),
+            "selection": task.selection,
+            "leaky": leaky,
+        },
+        metrics=metrics,
+        scores=scores,
+    )
+
+
+def split_measure(task: AnyTask) -> str:
+    """Return how the selection split is measured, in the words of ``Score.measure``."""
+    return f"{len(task.splits['val'])} {units(task)} of {task.digest[:12]}"
 
 
 def registered_name(task: AnyTask) -> str:
@@ -294,7 +349,7 @@ def _scores(directory: Path, found: Found) -> dict[str, Score]:
     if "val/robust" in metrics and len(radii(found.task)) == 1:
         # The union of one norm is that norm.
         metrics.setdefault("val/union", metrics["val/robust"])
-    split = f"{len(found.task.splits['val'])} {units(found.task)} of {found.task.digest[:12]}"
+    split = split_measure(found.task)
     attacked = f"{split}, {_validation_attack(directory)}"
     return {
         name: Score(metrics[name], split if name == "val/clean" else attacked)
@@ -357,11 +412,41 @@ def _log_tables(
             lines.append(f"| {row['metric']} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     (directory / "tables" / "results.md").write_text(text, encoding="utf-8")
-    tracker.log_artifact(parent, directory / "tables")
+    _show_tables(tracker, parent, directory, list(tables), note=text)
+
+
+def log_table(
+    tracker: Tracker,
+    run: str,
+    directory: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    note: str,
+) -> None:
+    """Log a table as MLflow's pages show one, and Markdown as the run's description.
+
+    Args:
+        tracker: of ``directory``.
+        run: local id.
+        directory: the table becomes ``tables/<name>.json`` there.
+        name: of the table.
+        rows: column -> value; columns that a row lacks stay empty.
+        note: the description.
+    """
+    (directory / "tables").mkdir(exist_ok=True)
+    write_json(directory / "tables" / f"{name}.json", _split_table(rows))
+    _show_tables(tracker, run, directory, [f"{name}.json"], note=note)
+
+
+def _show_tables(
+    tracker: Tracker, run: str, directory: Path, names: Sequence[str], *, note: str
+) -> None:
+    tracker.log_artifact(run, directory / "tables")
     # The pages that compare runs side by side list these.
-    shown = [{"path": f"tables/{name}", "type": "table"} for name in tables]
+    shown = [{"path": f"tables/{name}", "type": "table"} for name in names]
     tracker.set_tags(
-        parent, {"mlflow.note.content": text, "mlflow.loggedArtifacts": json.dumps(shown)}
+        run, {"mlflow.note.content": note, "mlflow.loggedArtifacts": json.dumps(shown)}
     )
 
 

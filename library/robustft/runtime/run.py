@@ -257,7 +257,9 @@ def _run(
         command=record["command"],
         tracking_url=tracker.run_url(parent),
     )
-    recording.log_finished(tracker, parent, directory, found, summary)
+    recording.log_finished(
+        tracker, parent, directory, found, summary, register=experiment.runtime.register
+    )
     return Report(directory=directory, summary=summary, report_html=page, data=data)
 
 

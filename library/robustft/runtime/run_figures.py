@@ -112,7 +112,10 @@ def _surfaces(folder: Path) -> Iterator[Panel]:
     files = sorted(folder.glob("[0-9]*-*.npz"), key=lambda path: (path.name.index("-"), path.name))
     if not files:
         return
-    surfaces = {path.stem: load_surface(path) for path in files}
+    names = [path.stem.partition("-")[2] for path in files]
+    if len(set(names)) < len(names):
+        names = [path.stem for path in files]
+    surfaces = {name: load_surface(path) for name, path in zip(names, files, strict=True)}
     yield Panel(
         "loss-surface",
         surface_figure(surfaces),

@@ -27,6 +27,7 @@ from robustft.runtime.experiment import RuntimeConfig
 __all__ = [
     "Session",
     "connect",
+    "default_output",
     "in_ray_job",
     "ray_address",
     "set_environment",
@@ -164,6 +165,14 @@ def storage_root(runtime: RuntimeConfig) -> Path:
         # A job's working directory is a temporary copy: results there would vanish with it.
         return home().resolve() / "runs"
     return Path("runs").resolve()
+
+
+def default_output(name: str) -> Path:
+    """Return the folder of an experiment's tables where none was named: ``name`` beside the runs.
+
+    A Ray job's working directory is a temporary copy, in which they would be lost.
+    """
+    return storage_root(RuntimeConfig()) / name
 
 
 def source_root() -> Path | None:

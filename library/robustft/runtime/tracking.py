@@ -250,10 +250,11 @@ class Tracker:
         tags: Mapping[str, Any],
         metrics: Mapping[str, float],
         registered: str | None = None,
+        register: bool = True,
         scores: Mapping[str, Score] | None = None,
         alias: str = "newest",
     ) -> None:
-        """Log a model directory (safetensors and card) and register it as a new version.
+        """Log a model directory (safetensors and card), and register it as a new version.
 
         Args:
             run: local id of the run that made it.
@@ -264,6 +265,7 @@ class Tracker:
             metrics: headline numbers; they appear with the model and with the run, and need not
                 be logged again.
             registered: name of the registered model, which may also have dots; None: ``name``.
+            register: False: it is only logged.
             scores: metric -> what the model reached on the selection split. The aliases of
                 ``registry.ALIASES`` stand at the best versions; a model that test chose has none.
             alias: moves to this version.
@@ -280,6 +282,7 @@ class Tracker:
             metrics={key: _number(value) for key, value in metrics.items()},
             step=0,
             registered=registered or name,
+            register=register,
             scores=score_tags(scores or {}),
             alias=alias,
         )

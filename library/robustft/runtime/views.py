@@ -15,6 +15,7 @@ __all__ = ["VIEWS", "note", "view_page", "view_tags"]
 
 _TAG = "mlflow.sharedViewState."
 _SECTION = "robustft"
+_NORMS = ("test/Linf/robust", "test/L2/robust", "test/L1/robust")
 _WORKFLOW = "workflowType=machine_learning"  # else pages for language models
 
 
@@ -32,9 +33,9 @@ def _metric(name: str) -> dict[str, str]:
 
 
 def _view(
-    kind: str, *, columns: Sequence[str], params: Sequence[str], metrics: Sequence[str]
+    tag: str, value: str, *, columns: Sequence[str], params: Sequence[str], metrics: Sequence[str]
 ) -> str:
-    """Return a view of the runs of one kind: which columns, the trade-off, parallel coordinates."""
+    """Return a view of the runs with a tag: which columns, the trade-off, parallel coordinates."""
     x, y = metrics[:2]
     charts = [
         _chart("trade-off", "SCATTER", xaxis=_metric(x), yaxis=_metric(y)),
@@ -48,7 +49,7 @@ def _view(
     ]
     section = {"uuid": _SECTION, "name": "Comparison", "display": True}
     state = {
-        "searchFilter": f"tags.kind = '{kind}'",
+        "searchFilter": f"tags.{tag} = '{value}'",
         "orderByKey": f"metrics.`{y}`",
         "orderByAsc": False,
         "selectedColumns": list(columns),
@@ -64,6 +65,7 @@ def _view(
 
 VIEWS: dict[str, str] = {
     "robustft-runs": _view(
+        "kind",
         "experiment",
         columns=[
             *_keys("metrics", ["test/clean", "test/robust", "val/clean", "val/robust"]),
@@ -75,6 +77,7 @@ VIEWS: dict[str, str] = {
         metrics=["test/clean", "test/robust"],
     ),
     "robustft-trials": _view(
+        "kind",
         "trial",
         columns=[
             *_keys("metrics", ["val/clean", "val/robust", "passes/backwards"]),
@@ -84,8 +87,21 @@ VIEWS: dict[str, str] = {
         params=["method", "method.lr"],
         metrics=["val/clean", "val/robust"],
     ),
+    "robustft-comparison": _view(
+        "part",
+        "row",
+        columns=[
+            *_keys("metrics", ["test/clean", "test/robust", *_NORMS, "test/corruptions"]),
+            *_keys("metrics", ["protocol/search_passes", "protocol/training_passes"]),
+            *_keys("metrics", ["protocol/training_seconds", "protocol/memory"]),
+            *_keys("params", ["method"]),
+            *_keys("tags", ["comparison"]),
+        ],
+        params=["method"],
+        metrics=["test/clean", "test/robust", *_NORMS, "protocol/training_passes"],
+    ),
 }
-"""Name of a view -> its state: the runs side by side, and their trials."""
+"""Name of a view -> its state: the runs side by side, their trials, and the rows of compare."""
 
 
 def view_tags() -> dict[str, str]:
@@ -100,5 +116,8 @@ def view_page(experiment_id: str, name: str) -> str:
 
 def note(experiment_id: str) -> str:
     """Return the experiment's description: links to ``VIEWS``."""
-    runs, trials = (view_page(experiment_id, name) for name in VIEWS)
-    return f"[The runs side by side]({runs}), [all trials]({trials}) (robustft)"
+    runs, trials, rows = (view_page(experiment_id, name) for name in VIEWS)
+    return (
+        f"[The runs side by side]({runs}), [all trials]({trials}), [the rows of compare]({rows}) "
+        "(robustft)"
+    )

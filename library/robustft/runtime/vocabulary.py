@@ -35,7 +35,7 @@ TAGS_VARIABLE = "ROBUSTFT_TAGS"
 """Environment variable with tags for the runs that are started: "comparison=table 1,owner=me"."""
 
 OWN_TAGS = ("kind", "method", "data", "model", "threat", "selection", "leaky", "run_id")
-"""What a run says of itself; ``kind`` is "experiment", "stage" or "trial"."""
+"""What a run says of itself; ``kind`` is "experiment", "stage", "trial" or "comparison"."""
 
 VOCABULARY: Mapping[str, str] = {
     "train/*": "of an epoch of training, by epoch: loss, clean, robust",
@@ -63,6 +63,7 @@ VOCABULARY: Mapping[str, str] = {
     "passes/*": "passes of single images through the network, in all",
     "seconds/wall": "from start to report",
     "overhead": "share of them in which no method code ran",
+    "protocol/*": "of a row of compare --preset: val by one attack for all, costs, memory (MiB)",
     "method/*": "what only this method measures",
 }
 """Names of metrics -> what they mean; ``*`` is any ending."""

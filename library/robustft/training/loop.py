@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from robustft.errors import NonFiniteLossError
 from robustft.training.augment import AugmentConfig, augment
 from robustft.training.context import RunContext, State
 from robustft.training.loaders import Batch
+from robustft.training.mask_log import EpochMasks
 from robustft.training.optimizers import set_lr
 from robustft.training.schedules import ScheduleConfig, schedule_epoch
 from robustft.training.seeding import generator, seed_epoch
@@ -23,6 +24,7 @@ __all__ = [
     "Best",
     "LoopConfig",
     "cpu_state",
+    "epoch_metrics",
     "pieces",
     "run_epoch",
     "share_buffers",
@@ -83,7 +85,8 @@ def run_epoch(
             engine then needs no optimiser.
 
     Returns:
-        "loss" (mean over examples), "accuracy" (fraction, of the logits the loss is made of), "lr".
+        "loss" (mean over examples), "accuracy" (fraction, of the logits the loss is made of), "lr";
+        and of ROSE's optimiser what ``EpochMasks`` says, "mask/kept" and others.
 
     Raises:
         NonFiniteLossError: the epoch's loss is NaN or infinite; every rank raises.
@@ -92,6 +95,7 @@ def run_epoch(
     seed_epoch(config.seed, epoch, context.rank)
     totals = torch.zeros(3, dtype=torch.float64, device=context.device)
     rate = config.lr if update else 0.0
+    masks = EpochMasks(engine.optimizer if update else None)
     for step, batch in enumerate(loader.epoch(epoch)):
         if update:
             rate = set_lr(
@@ -124,6 +128,7 @@ def run_epoch(
                 totals[2] += part.count
         if update:
             engine.step()
+            masks.add_step()
     loss_sum, correct, count = context.sum(totals).tolist()
     mean_loss = loss_sum / count
     if not math.isfinite(mean_loss):
@@ -131,7 +136,18 @@ def run_epoch(
             f"the training loss became {mean_loss} in epoch {epoch + 1}: lower lr = {config.lr:g}, "
             "or start from other weights"
         )
-    return {"loss": mean_loss, "accuracy": correct / count, "lr": rate}
+    return {"loss": mean_loss, "accuracy": correct / count, "lr": rate, **masks.metrics()}
+
+
+def epoch_metrics(trained: Mapping[str, float], *, accuracy: str) -> dict[str, float]:
+    """Return what ``run_epoch`` returned under the names that a method reports.
+
+    Args:
+        trained: of ``run_epoch``.
+        accuracy: what its accuracy is called: "train/robust", "train/clean".
+    """
+    names = {"loss": "train/loss", "accuracy": accuracy}
+    return {names.get(name, name): value for name, value in trained.items()}
 
 
 def pieces(batch: Batch, count: int) -> Iterator[Batch]:

@@ -87,6 +87,10 @@ class RoseAdamW(torch.optim.Optimizer):
     ``state_dict`` is an ordinary one (step, exp_avg, exp_avg_sq; also mask where one outlives a
     step); the masks of the published method carry no state. One host transfer per step.
 
+    Attributes:
+        eligible_sizes: name -> number of scalars of every parameter that may be masked.
+        record: what the last step did; None before the first.
+
     Args:
         named_params_or_groups: pairs (name, parameter), of which biases and normalisation are not
             decayed; or groups of such pairs, which are taken as they are.
@@ -150,7 +154,11 @@ class RoseAdamW(torch.optim.Optimizer):
             _check_group({**defaults, **group})
         pairs = [pair for group in groups for pair in group["params"]]
         super().__init__(groups, defaults)
-        if variant != "vanilla" and not any(is_eligible(eligible, *pair) for pair in pairs):
+        # Now: engines may share the tensors out between workers.
+        self.eligible_sizes = {
+            name: value.numel() for name, value in pairs if is_eligible(eligible, name, value)
+        }
+        if variant != "vanilla" and not self.eligible_sizes:
             raise ConfigError(
                 f"eligible = {eligible!r} selects none of the {len(pairs)} parameters, so ROSE "
                 "would do nothing: choose 'matrices', 'all' or a callable"

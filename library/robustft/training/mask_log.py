@@ -1,13 +1,15 @@
 """What ROSE's masks did: per epoch by kind of parameter, and over the run per tensor."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from robustft.methods.base import Row
+import torch
+
 from robustft.training.context import State
-from robustft.training.rose_adamw import StepRecord
+from robustft.training.rose_adamw import RoseAdamW, StepRecord
 from robustft.training.rose_masks import in_normalisation, layer_of
 
-__all__ = ["MaskLog", "kind_of"]
+__all__ = ["EpochMasks", "MaskLog", "kind_of"]
 
 
 def kind_of(name: str) -> str:
@@ -63,8 +65,10 @@ class MaskLog:
             "mask/skipped_steps" and "mask/first_order_skipped" (numbers of steps whose gradients,
             or first-order gradients, were not finite); and if there were masks: "mask/kept" (mean
             mask over eligible tensors), "mask/kept_scalars" (over their scalars),
-            "mask/kept_<kind>" (over the tensors of a kind) and "mask/churn" (mean change of a
-            tensor's mask from step to step; of masks of 0 and 1 the share that changed).
+            "mask/kept_<kind>" (over the tensors of a kind; of networks with attention only, since
+            what else is in the blocks of others is no "ffn") and, once there were two masks,
+            "mask/churn" (mean change of a tensor's mask from step to step; of masks of 0 and 1 the
+            share that changed).
         """
         values: dict[str, float] = {
             "mask/skipped_steps": self._skipped,
@@ -76,13 +80,15 @@ class MaskLog:
         values["mask/kept"] = _mean(kept)
         weighted = sum(kept[name] * size for name, size in self._sizes.items())
         values["mask/kept_scalars"] = weighted / sum(self._sizes.values())
-        for kind in sorted({kind_of(name) for name in kept}):
+        kinds = {kind_of(name) for name in kept}
+        for kind in sorted(kinds) if "attention" in kinds else ():
             members = {name: value for name, value in kept.items() if kind_of(name) == kind}
             values[f"mask/kept_{kind}"] = _mean(members)
-        values["mask/churn"] = self._change / self._changes if self._changes else 0.0
+        if self._changes:
+            values["mask/churn"] = self._change / self._changes
         return values
 
-    def table(self) -> list[Row]:
+    def table(self) -> list[dict[str, Any]]:
         """Return how often each eligible tensor was kept: its mean mask over all masked steps."""
         return [
             {
@@ -104,6 +110,30 @@ class MaskLog:
         """Restore what ``state`` returned."""
         self._before, self._run = dict(state["before"]), dict(state["run"])
         self._run_steps = int(state["steps"])
+
+
+class EpochMasks:
+    """What the masks of one epoch did, for loops that take any optimiser; others have none.
+
+    An epoch's churn is that between its own steps, so that nothing has to be saved with a run.
+
+    Args:
+        optimizer: whose steps follow; None: no step is taken.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer = optimizer if isinstance(optimizer, RoseAdamW) else None
+        self._log = MaskLog({} if self._optimizer is None else self._optimizer.eligible_sizes)
+
+    def add_step(self) -> None:
+        """Take note of the step that the optimiser has just taken."""
+        # The record is on the host already: its masks' means come with the step's one transfer.
+        if self._optimizer is not None and self._optimizer.record is not None:
+            self._log.add(self._optimizer.record)
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``MaskLog.metrics``; nothing if the optimiser has no masks."""
+        return {} if self._optimizer is None else self._log.metrics()
 
 
 def _mean(values: Mapping[str, float]) -> float:
