@@ -72,6 +72,13 @@ def test_the_code_is_the_last_and_smallest_layer() -> None:
     assert "RAY_AUTH_MODE=token" in environment
 
 
+def test_torch_can_compile_in_the_image() -> None:
+    (packages,) = [t for _, t in instructions(CLUSTER / "image" / "Dockerfile") if "apt-get" in t]
+    assert {"gcc", "g++", "python3.12", "python3.12-dev", "python3.12-venv"} <= set(
+        packages.split()
+    )
+
+
 def requirements_module() -> ModuleType:
     path = CLUSTER / "image" / "requirements.py"
     spec = importlib.util.spec_from_file_location("image_requirements", path)
@@ -153,4 +160,5 @@ def test_basic_auth_is_on_and_its_settings_hold_no_password() -> None:
 def test_the_image_is_named_as_the_manifests_name_it() -> None:
     text = (CLUSTER / "image" / "Dockerfile").read_text(encoding="utf-8")
     assert IMAGE in text
-    assert IMAGE in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert IMAGE.replace("registry.example.com", "$REGISTRY") in guide

@@ -3,6 +3,10 @@
 import copy
 import functools
 import gzip
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,9 @@ from deploy_files import CLUSTER, IMAGE, MLFLOW_IMAGE, PINS, ROOT, SECRET, docum
 
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 KUBERAY = CLUSTER / "kuberay"
-FILES = sorted([*KUBERAY.glob("*.yaml"), CLUSTER / "mlflow" / "kubernetes.yaml"])
+TLS = CLUSTER / "kuberay-tls"
+KUSTOMIZATIONS = sorted(CLUSTER.rglob("kustomization.yaml"))
+FILES = sorted([*CLUSTER.glob("kuberay*/*.yaml"), CLUSTER / "mlflow" / "kubernetes.yaml"])
 MANIFESTS = [
     pytest.param(document, id=f"{path.stem}-{document['kind']}-{index}")
     for path in FILES
@@ -172,7 +178,7 @@ def test_kuberay_would_refuse_an_unknown_field() -> None:
 
 
 def test_kuberay_knows_the_field_that_the_tls_overlay_adds() -> None:
-    overlay = of_kind(KUBERAY / "tls" / "kustomization.yaml", "Kustomization")
+    overlay = of_kind(TLS / "kustomization.yaml", "Kustomization")
     (patch,) = yaml.safe_load(overlay["patches"][0]["patch"])
     assert patch["path"] == "/spec/tlsOptions"
     manifest = copy.deepcopy(of_kind(KUBERAY / "raycluster.yaml", "RayCluster"))
@@ -207,19 +213,23 @@ def test_the_ray_cluster_grows_and_shrinks() -> None:
             assert isinstance(value, str)
 
 
-def test_all_ray_pods_share_folders_and_tracking() -> None:
+def test_all_ray_pods_share_folders_and_the_head_alone_tracks() -> None:
     spec = of_kind(KUBERAY / "raycluster.yaml", "RayCluster")["spec"]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     containers = [pod["containers"][0] for group in groups for pod in pods(group)]
     assert len(containers) == 3
     for container in containers:
+        is_head = container["name"] == "ray-head"
         names = {entry["name"]: entry.get("value") for entry in container["env"]}
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts == {"/shared", "/dev/shm"}
         assert names["ROBUSTFT_HOME"].startswith("/shared/")
         assert names["ROBUSTFT_STORAGE"].startswith("/shared/")
-        assert names["MLFLOW_TRACKING_URI"] == "http://mlflow.robustft.svc.cluster.local:5000"
-        assert {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= set(names)
+        tracking = {f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD")}
+        # Drivers are on the head, and nothing else talks to MLflow.
+        assert tracking & set(names) == (tracking if is_head else set())
+        if is_head:
+            assert names["MLFLOW_TRACKING_URI"] == "http://mlflow.robustft.svc.cluster.local:5000"
 
 
 def test_the_ray_job_runs_the_experiment_on_the_standing_cluster() -> None:
@@ -233,12 +243,111 @@ def test_the_ray_job_runs_the_experiment_on_the_standing_cluster() -> None:
     assert used == [{"name": secret, "key": "auth_token"}]
 
 
-def test_kustomize_takes_every_file_and_one_version() -> None:
+def refusals(spec: dict[str, Any]) -> list[str]:
+    """Return what KubeRay's operator refuses in a RayJob though its definition lets it pass."""
+    found = []
+    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not spec.get("shutdownAfterJobFinishes"):
+        found.append("ttlSecondsAfterFinished without shutdownAfterJobFinishes")
+    if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
+        found.append("suspend without shutdownAfterJobFinishes")
+    if ("rayClusterSpec" in spec) == bool(spec.get("clusterSelector")):
+        found.append("one of rayClusterSpec and clusterSelector")
+    if spec.get("submissionMode") == "SidecarMode" and (
+        "submitterPodTemplate" in spec or spec.get("clusterSelector")
+    ):
+        found.append("SidecarMode with a cluster or submitter of its own")
+    return found
+
+
+def test_the_operator_takes_the_ray_job_and_leaves_the_standing_cluster() -> None:
+    spec = of_kind(KUBERAY / "rayjob.yaml", "RayJob")["spec"]
+    assert refusals(spec) == []
+    assert "shutdownAfterJobFinishes" not in spec
+    assert refusals({**spec, "ttlSecondsAfterFinished": 60})
+    assert refusals({**spec, "clusterSelector": {}})
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: path.parent.name)
+def test_no_base_contains_its_overlay(path: Path) -> None:
+    (kustomization,) = documents(path)
+    for resource in kustomization["resources"]:
+        base = (path.parent / resource).resolve()
+        assert base.exists(), resource
+        # Kustomize calls that a cycle and refuses it.
+        assert not path.parent.resolve().is_relative_to(base), resource
+
+
+@pytest.mark.slow  # for kubectl's sake, which may be a launcher that takes seconds
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+@pytest.mark.parametrize("folder", ["kuberay", "kuberay-tls"])
+def test_kustomize_itself_builds_it(folder: str) -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(CLUSTER / folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (cluster,) = [d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "RayCluster"]
+    assert cluster["spec"].get("tlsOptions") == ({"enabled": True} if folder != "kuberay" else None)
+
+
+def test_kustomize_takes_every_file() -> None:
     kustomization = of_kind(KUBERAY / "kustomization.yaml", "Kustomization")
     others = {path.name for path in KUBERAY.glob("*.yaml")} - {"kustomization.yaml", "rayjob.yaml"}
     assert set(kustomization["resources"]) == others
-    (image,) = kustomization["images"]
-    assert f"{image['name']}:{image['newTag']}" == IMAGE
+
+
+STAND_INS = {
+    "docker": 'echo "$@" >> "$OUT/docker.txt"',
+    "openssl": "echo 00",
+    "kubectl": """
+        applied=$(mktemp "$OUT/XXXXXX.yaml")
+        case "$*" in
+          kustomize*)
+            rm "$applied"
+            for name in $(sed -n 's/^  - //p' "$2/kustomization.yaml")
+            do cat "$2/$name"; echo ---; done ;;
+          *"--filename -") cat > "$applied" ;;
+          *--filename*) cp "$3" "$applied" ;;
+          *"get secret"*) echo cGFzcw== ;;
+        esac
+    """,
+}
+
+
+def test_the_guides_commands_put_the_registry_into_everything(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    commands = guide.partition("## Kubernetes: KubeRay")[2].split("```\n")[1]
+    out, path = tmp_path / "out", tmp_path / "bin"
+    out.mkdir()
+    path.mkdir()
+    for name, script in STAND_INS.items():
+        (path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (path / name).chmod(0o755)
+    variables = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", "OUT": str(out)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    applied = [d for file in out.glob("*.yaml") for d in documents(file)]
+    assert {d["kind"] for d in applied} == set(API) - {"Kustomization"}
+    images = {c["image"] for d in applied for pod in pods(d) for c in pod["containers"]}
+    ours = {
+        image.replace("registry.example.com", "ghcr.io/CHANGE-ME")
+        for image in (IMAGE, MLFLOW_IMAGE)
+    }
+    assert images == ours | {"postgres:18.6"}
+    pushed = re.findall(r"^push (\S+)$", (out / "docker.txt").read_text(), re.MULTILINE)
+    built = re.findall(r"--tag (\S+)", (out / "docker.txt").read_text())
+    assert set(pushed) == set(built) == ours
 
 
 # --- MLflow --------------------------------------------------------------------------------------
@@ -249,7 +358,10 @@ def test_mlflow_answers_to_the_name_that_ray_calls_it_by() -> None:
     (container,) = pods(deployment)[0]["containers"]
     values = {entry["name"]: entry.get("value", "") for entry in container["env"]}
     assert "mlflow.robustft.svc.cluster.local:5000" in values["MLFLOW_SERVER_ALLOWED_HOSTS"]
-    assert "*" not in values["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    hosts = values["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert "*" not in hosts
+    # Under these a port-forward calls it.
+    assert {"localhost:*", "127.0.0.1:*"} <= set(hosts)
     assert "@" in values["MLFLOW_BACKEND_STORE_URI"]
     # The password is in PGPASSWORD: an address with one would be in every log.
     assert "mlflow@" in values["MLFLOW_BACKEND_STORE_URI"].partition("://")[2]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from typing import Any
 import jsonschema
 import psutil
 import pytest
+import ray
 from deploy_files import CLUSTER, PINS, ROOT, SECRET, documents, mappings
+from packaging.requirements import Requirement
 
 CONFIGS = {
     "aws": ROOT / "ray_config.yaml",
@@ -123,6 +127,46 @@ def test_a_job_finds_the_script_without_a_working_directory(cloud: str) -> None:
     assert {"library", "experiments", "constraints.txt", "pyproject.toml"} <= set(local.values())
 
 
+@pytest.mark.parametrize("cloud", CONFIGS)
+def test_a_node_installs_what_its_own_setup_calls(cloud: str) -> None:
+    commands = load(cloud)["setup_commands"]
+    (install,) = [i for i, command in enumerate(commands) if "apt-get" in command]
+    mounting, venv = (
+        next(i for i, command in enumerate(commands) if word in command)
+        for word in ("mount -t nfs", "python3.12 -m venv")
+    )
+    assert install < mounting < venv
+    looked_for, _, installed = commands[install].partition("||")
+    packages = {"nfs-common", "python3.12-venv", "python3.12-dev", "gcc", "g++"}
+    assert packages <= set(looked_for.split())
+    assert packages <= set(installed.rstrip(")").split())
+    # A password travels there.
+    (variables,) = [command for command in commands if command.startswith("printf")]
+    assert "'export MLFLOW_TRACKING_URI=https://" in variables
+
+
+@pytest.mark.parametrize("cloud", CONFIGS)
+def test_the_head_installs_the_clouds_packages_in_the_tested_versions(cloud: str) -> None:
+    (command,) = load(cloud)["head_setup_commands"]
+    assert shlex.split(command.replace("$HOME", "~"))[1:] == [
+        *("install", "--quiet", "--constraint", "~/robustft/constraints.txt"),
+        *("--editable", f"~/robustft[{cloud}]"),
+    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for text in project["optional-dependencies"][cloud]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(PINS[requirement.name]), text
+    guide = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert f"pip install --constraint constraints.txt --editable '.[{cloud}]'" in guide
+
+
+def test_azures_packages_are_those_that_this_ray_was_made_with() -> None:
+    defaults = Path(ray.__file__).parent / "autoscaler" / "azure" / "defaults.yaml"
+    pinned = dict(re.findall(r"([a-z-]+)==([0-9a-z.]+)", defaults.read_text(encoding="utf-8")))
+    assert len(pinned) == 8
+    assert {name: PINS[name] for name in pinned} == pinned
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,6 +182,7 @@ def head() -> Iterator[tuple[dict[str, str], str]]:
     config = load("aws")
     for path in config["file_mounts"].values():
         source, target = ROOT / path, home / "robustft" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.is_file():
@@ -236,6 +281,12 @@ def test_the_clouds_differ_in_what_they_must() -> None:
         config = load(cloud)
         for name in ("provider", "available_node_types", "head_setup_commands"):
             del config[name]
+        # AWS alone writes its notice where a script can read it.
+        notice = "cluster/aws/spot_notice.py"
+        watched = config["file_mounts"].pop(f"/home/ubuntu/robustft/{notice}", None) is not None
+        starts = config["worker_start_ray_commands"]
+        config["worker_start_ray_commands"] = [c for c in starts if notice not in c]
+        assert watched == (len(starts) == 3) == (cloud == "aws")
         setup = config["setup_commands"]
         config["setup_commands"] = [c for c in setup if "sudo mount" not in c]
         assert len(setup) == len(config["setup_commands"]) + 1
@@ -300,6 +351,46 @@ def test_aws_machines_have_no_open_door() -> None:
     assert load("aws")["provider"]["cache_stopped_nodes"] is False
 
 
+def refused(value: Any, shape: Any, where: str = "") -> list[str]:
+    """Return the values that are none of those that AWS lists, by its own description."""
+    if shape.type_name == "structure":
+        parts = [(f"{where}.{name}", value[name], shape.members[name]) for name in value]
+    elif shape.type_name == "list":
+        parts = [(f"{where}[{i}]", item, shape.member) for i, item in enumerate(value)]
+    else:
+        known = getattr(shape, "enum", [])
+        return [f"{where}={value}"] if known and value not in known else []
+    return [text for place, inner, kind in parts for text in refused(inner, kind, place)]
+
+
+def test_aws_knows_every_word_of_what_is_asked_for() -> None:
+    loaders = pytest.importorskip("botocore.loaders", reason="needs the extra aws")
+    from botocore.model import ServiceModel
+    from botocore.validate import ParamValidator
+
+    description = loaders.Loader().load_service_model("ec2", "service-2")
+    shape = ServiceModel(description, "ec2").operation_model("RunInstances").input_shape
+
+    def complaints(node_config: dict[str, Any]) -> list[str]:
+        asked = copy.deepcopy(node_config)
+        # What Ray makes of the one field that is its own, and adds.
+        asked["SubnetId"] = asked.pop("SubnetIds")[0]
+        asked |= {"MinCount": 1, "MaxCount": 1}
+        report = ParamValidator().validate(asked, shape).generate_report()
+        return [report] if report else refused(asked, shape)
+
+    types = load("aws")["available_node_types"]
+    assert {name: complaints(node["node_config"]) for name, node in types.items()} == {
+        name: [] for name in types
+    }
+    spot = types["gpu_spot"]["node_config"]
+    assert "InstanceTyp" in complaints({**spot, "InstanceTyp": "g6.2xlarge"})[0]
+    assert complaints({**spot, "InstanceMarketOptions": {"MarketType": "spott"}}) == [
+        ".InstanceMarketOptions.MarketType=spott"
+    ]
+    assert complaints({**spot, "InstanceType": "g6.3xlarge"}) == [".InstanceType=g6.3xlarge"]
+
+
 def test_google_machines_have_no_rights_but_the_heads_own_role() -> None:
     types = load("gcp")["available_node_types"]
     assert types["gpu_spot"]["node_config"]["serviceAccounts"] == []
@@ -321,4 +412,9 @@ def test_what_is_to_be_filled_in_is_said_in_the_guide() -> None:
         assert name in guide
     for path in (Path("cluster/aws/head-policy.json"), Path("cluster/gcp/head-role.yaml")):
         assert path.as_posix() in guide
+    # The account that the head runs as has to be made before it.
+    (account,) = load("gcp")["available_node_types"]["head"]["node_config"]["serviceAccounts"]
+    name = account["email"].partition("@")[0]
+    assert f"gcloud iam service-accounts create {name} " in guide
+    assert f"--member serviceAccount:{name}@PROJECT.iam.gserviceaccount.com" in guide
     assert PINS["ray"] in guide
