@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from robustft.data.text import TextTask
 from robustft.data.tokens import load_tokenizer
@@ -24,14 +26,15 @@ from robustft.runtime.stored_runs import StoredRun
 from robustft.runtime.text_runs import architecture, radii
 from robustft.runtime.tracking import Tracker
 from robustft.runtime.vocabulary import short_text, user_tags
+from robustft.training.loaders import rows as image_rows
 from robustft.training.text_loader import text_rows
 
 __all__ = ["add_surface", "record_comparison", "record_row"]
 
 GRID = (-0.25, 0.25, 11)
 """Of the loss surfaces: half the points of ``robustft surface`` along either axis."""
-SURFACE_LIMIT = 128
-"""Training examples that they are means of."""
+SURFACE_LIMITS = {"images": 128, "text": 32}
+"""Training examples that they are means of; an encoder takes long on a CPU."""
 RECORD = "protocol.json"
 """In a row's folder: what MLflow was told of it, once it was."""
 PARTS = ("table.md", "pareto.png", "report.html", RESULTS)
@@ -58,15 +61,14 @@ def add_surface(bench: Bench, name: str, stored: StoredRun) -> None:
     file = stored.directory / SURFACES / f"1-{name}.npz"
     if file.is_file():
         return
-    rows: Any = {}
+    rows: Callable[..., tuple[Tensor, ...]] = image_rows
+    limit = SURFACE_LIMITS["images"]
     if isinstance(bench.task, TextTask):
-        pad_id = load_tokenizer(bench.task.tokenizer).pad_id
-        rows = {"rows": functools.partial(text_rows, pad_id=pad_id)}
-    batches = split_batches(bench.task.splits["train"], num_examples=SURFACE_LIMIT, **rows)
+        limit, pad_id = SURFACE_LIMITS["text"], load_tokenizer(bench.task.tokenizer).pad_id
+        rows = functools.partial(text_rows, pad_id=pad_id)
+    batches = split_batches(bench.task.splits["train"], num_examples=limit, rows=rows)
     network = dataclasses.replace(bench.start, state=saved_state(bench, stored.directory)).build()
-    surface = loss_surface(
-        network, batches, grid=GRID, num_examples=SURFACE_LIMIT, map=bench.mapper
-    )
+    surface = loss_surface(network, batches, grid=GRID, num_examples=limit, map=bench.mapper)
     file.parent.mkdir(parents=True, exist_ok=True)
     surface.save(file)
 
