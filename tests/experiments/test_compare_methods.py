@@ -531,7 +531,7 @@ def test_the_table_has_known_numbers(script: ModuleType, tmp_path: Path) -> None
     assert "| rift | +15.0 | -10.0 |" in lines
     # 150 of preparation and two trials of 1,500; each was judged by 10.
     assert "| at | 2 | 3,150 | 20 | 12 | 1,500 | 5.0 | 512 |" in lines
-    assert "| start |  | 70.0 | 50.0 |  |  |  |  |  |" in lines
+    assert "| reference |  | 70.0 | 50.0 |  |  |  |  |  |" in lines
     # Nothing was attacked together in this record: no union.
     assert "| at | lr 0 | 80.0 | 50.0 |  | lr 0.1 | 70.0 | 40.0 |  |" in lines
     protocol_report.draw(findings, start)

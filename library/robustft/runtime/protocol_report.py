@@ -185,7 +185,8 @@ def chosen_on_val(findings: Findings) -> list[str]:
         return [f"{field} {short(one.value)}", *(number(value, ".1f") for value in numbers)]
 
     clean, robust = findings.reference
-    rows = [[START, "", f"{100 * clean:.1f}", f"{100 * robust:.1f}", *[""] * 5]]
+    # Of the start, or of the trial that takes its place where the start does not know the task.
+    rows = [["reference", "", f"{100 * clean:.1f}", f"{100 * robust:.1f}", *[""] * 5]]
     for entry in findings.methods:
         value = entry.others["robust"]
         other = next(one for one in entry.candidates if one.value == value and not one.error)
