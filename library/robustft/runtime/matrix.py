@@ -21,7 +21,7 @@ from robustft.training.engine_options import EngineOptions
 __all__ = ["OPTIONS", "PLACES", "UNTESTED", "Cell", "matrix", "rewrite", "table"]
 
 UNTESTED = "untested"
-STAGES = (1, 2, 3)
+STAGES = (0, 1, 2, 3)
 ZERO = {stage: f"ZeRO {stage}" for stage in STAGES}
 PLACES = ("one process", "DDP", *ZERO.values(), "several nodes", "resume", "search")
 """Where a method may run: the columns of the first table."""
@@ -33,6 +33,8 @@ OPTIONS: Mapping[str, EngineOptions] = {
     "sync_bn": EngineOptions(sync_bn=True),
 }
 """An engine's options: the columns of the second table."""
+ON_NODES = ("rft",)
+"""Methods of which two workers were seen to train the same on two nodes as on one."""
 COMPILED = ("at",)
 """Methods that were seen to train the same compiled."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"rose": {"variant": "second"}}
@@ -73,7 +75,8 @@ def _cells(name: str, config: Any) -> dict[str, Cell]:
     cells = dict.fromkeys(PLACES, Cell("yes"))
     for stage, column in ZERO.items():
         cells[column] = _answer(why_not(config, stage))
-    cells["several nodes"] = Cell(UNTESTED)
+    if name not in ON_NODES:
+        cells["several nodes"] = Cell(UNTESTED)
     for column, options in OPTIONS.items():
         cells[column] = _answer(why_not_options(config, options))
     for column in ("sync_bn", *(() if name in COMPILED else ("compile",))):

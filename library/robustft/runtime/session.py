@@ -40,7 +40,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    # Ray switches token authentication on by itself unless told; on loopback we do not need it.
+    # Ray reads this once in a process, which could then not go on to a cluster of the other mode.
+    # Who shares a machine, and so its loopback, with others sets it to token, and RAY_AUTH_TOKEN to
+    # a secret of their own.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # How fast Ray Train notices reports and deaths; the default of 2 s is long for small runs.

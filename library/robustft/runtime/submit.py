@@ -9,12 +9,14 @@ the script, where ``ray job submit`` has only 0 and 1.
 
 import dataclasses
 import hashlib
+import ipaddress
 import logging
 import os
 import re
 import shlex
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -345,7 +347,7 @@ def _ended(submission_id: str, info: Any) -> Ended:
 
 
 def _tracking(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the MLflow address for the job, if it is one that another machine can use."""
+    """Return the MLflow address for the job, if it means the same on another machine."""
     uri = variables.get(TRACKING_URI, "")
     if mask(uri) != uri:
         raise ConfigError(
@@ -353,10 +355,30 @@ def _tracking(variables: Mapping[str, str]) -> dict[str, str]:
             "read: leave it out of the address and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD on the nodes"
         )
-    if uri and not re.match(r"https?://", uri):
-        log.warning("%s=%s is of this machine only and is not passed on", TRACKING_URI, uri)
+    if uri and (not re.match(r"https?://", uri) or _is_loopback(uri)):
+        log.warning(
+            "%s=%s is of this machine only and is not passed on: the nodes' own variable decides; "
+            "where the cluster is this machine, add --env %s=%s",
+            TRACKING_URI,
+            uri,
+            TRACKING_URI,
+            uri,
+        )
         return {}
     return {TRACKING_URI: uri} if uri else {}
+
+
+def _is_loopback(uri: str) -> bool:
+    """Return True if the address means whichever machine reads it."""
+    try:
+        host = urllib.parse.urlsplit(uri).hostname or ""
+    except ValueError as error:
+        raise ConfigError(f"{TRACKING_URI}={uri} is no address ({error}): correct it") from error
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _named(extra: Iterable[str]) -> dict[str, str]:
