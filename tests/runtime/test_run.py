@@ -186,7 +186,8 @@ def test_a_killed_worker_ends_with_the_undisturbed_weights(
     ((_, state),) = trial_results(disturbed.directory).values()
     assert same_weights(calm_state, state)
     assert disturbed.summary["after"] == calm.summary["after"]
-    assert points_of_run(directory, storage) == points_of_run(calm.directory, storage)
+    # What the worker said last may be missing; nothing is there twice.
+    assert points_of_run(directory, storage) <= points_of_run(calm.directory, storage)
 
 
 def test_finished_trials_outlive_the_state_of_their_search(
