@@ -138,7 +138,7 @@ def record_run(
     if experiment.search.space:
         recording.log_trials(tracker, parent, trials)
     else:
-        recording.log_stage(tracker, parent, name, chosen.result, curves=True)
+        recording.log_stage(tracker, parent, name, chosen.result)
     clean, robust = (chosen.metrics.get(f"val/{name}", 0.5) for name in ("clean", "robust"))
     found = outputs.Found(
         task=task,

@@ -158,7 +158,13 @@ def train(
         result = METHODS[method_name(config)].train(config, context)
     except Interrupted:
         return None, kept[0]
-    return {"state": dict(result.state), "metrics": dict(result.metrics)}, kept[0]
+    told = {
+        "state": dict(result.state),
+        "metrics": dict(result.metrics),
+        "epochs": [dict(row) for row in result.tables.get("epochs", ())],
+        "reports": context.reports,
+    }
+    return told, kept[0]
 
 
 # --- two processes -------------------------------------------------------------------------------
@@ -272,6 +278,28 @@ def test_a_run_goes_on_with_more_workers(
 
 
 # --- one process ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ROWS)
+def test_the_table_of_epochs_says_what_was_reported(
+    label: str, alone: Callable[[str], Any]
+) -> None:
+    """Nothing else: what a dying worker could not say is filled in from there, once."""
+    whole = alone(label)
+    reported = {
+        (name, report["step"], value)
+        for report in whole["reports"]
+        for name, value in report.items()
+        if name not in ("step", "total")
+    }
+    tabled = {
+        (name, row["epoch"], value)
+        for row in whole["epochs"]
+        for name, value in row.items()
+        if name != "epoch" and isinstance(value, int | float)
+    }
+    assert reported == tabled
+    assert reported
 
 
 @pytest.mark.parametrize("label", ROWS)

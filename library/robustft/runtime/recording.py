@@ -168,16 +168,22 @@ def _start_stage(tracker: Tracker, parent: str, stage: str) -> str:
     )
 
 
-def log_stage(
-    tracker: Tracker, parent: str, stage: str, result: Result, *, curves: bool = False
-) -> None:
-    """Log a finished stage's numbers, and its curves if no event has told them (a cached start)."""
+def log_stage(tracker: Tracker, parent: str, stage: str, result: Result) -> None:
+    """Log a finished stage's numbers and curves."""
     run = _start_stage(tracker, parent, stage)
-    for row in result.tables.get("epochs", ()) if curves else ():
-        values = {n: v for n, v in row.items() if isinstance(v, float)}
-        tracker.log_metrics(run, by_epoch(values), step=int(row.get("epoch", 0)))
-    tracker.log_metrics(run, headline(result.metrics), step=0)
+    _log_result(tracker, run, result)
     tracker.finish_run(run)
+
+
+def _log_result(tracker: Tracker, run: str, result: Result) -> None:
+    """Log what events have told, which counts once, and what none has.
+
+    A cached start sends no event; a worker or a driver that dies may take the last ones along.
+    """
+    for row in result.tables.get("epochs", ()):
+        numbers = {n: v for n, v in row.items() if n != "epoch" and isinstance(v, int | float)}
+        tracker.log_metrics(run, by_epoch(numbers), step=int(row.get("epoch", 0)))
+    tracker.log_metrics(run, headline(result.metrics), step=0)
 
 
 def log_prepared(tracker: Tracker, parent: str, stage: str, prepared: Mapping[str, Any]) -> None:
@@ -211,6 +217,7 @@ def log_trials(tracker: Tracker, parent: str, trials: Sequence[Trial]) -> None:
             tracker.set_tags(run, {"error": trial.error})
             tracker.finish_run(run, "FAILED")
             continue
+        _log_result(tracker, run, trial.result)
         for row in trial.result.tables.get("interpolation", ()):
             values = {f"curve/{n}": v for n, v in row.items() if n != "alpha" and v is not None}
             tracker.log_metrics(run, values, step=round(100 * row["alpha"]))

@@ -338,7 +338,7 @@ def _trained_start(running: Running, fresh: AnyStart) -> tuple[AnyStart, Result]
                 result = _train(running, method, start, task, stage=stage)
                 save_result(result, cache)
                 running.mirror.publish_start(cache)
-        recording.log_stage(running.tracker, running.parent, stage, result, curves=kept is not None)
+        recording.log_stage(running.tracker, running.parent, stage, result)
         source = f"{config.model} trained by {', then '.join(names)} on {task.name}"
         start = dataclasses.replace(fresh, state=result.state, source=source)
     return start, result
