@@ -1,6 +1,7 @@
 """How a run ends: what it leaves in its folder, and the sentence that says how to go on."""
 
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -134,3 +135,30 @@ def test_half_a_state_of_a_search_is_set_aside(
     assert _can_continue(folder, FakeTune) is whole
     assert folder.exists() is whole
     assert len(list(tmp_path.glob("tune-damaged-*"))) == (0 if whole else 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "named", "there", "going_on"),
+    [
+        ("RUNNING", "checkpoint_000001", ["checkpoint_000001", "checkpoint_000002"], True),
+        # The driver deleted it and died before it wrote its state again.
+        ("RUNNING", "checkpoint_000001", ["checkpoint_000002", "checkpoint_000003"], False),
+        ("PENDING", None, [], True),
+        ("TERMINATED", "checkpoint_000001", ["checkpoint_000002"], True),
+    ],
+)
+def test_a_state_that_names_a_deleted_checkpoint_is_set_aside(
+    status: str, named: str | None, there: list[str], going_on: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tune"
+    (folder / "abc_00000").mkdir(parents=True)
+    (folder / "tuner.pkl").touch()
+    for name in there:
+        (folder / "abc_00000" / name).mkdir()
+    last = {} if named is None else {"checkpoint_dir_name": named}
+    trial = {"trial_id": "abc_00000", "status": status}
+    progress = {"last_result": last or None}
+    state = {"trial_data": [[json.dumps(trial), json.dumps(progress)]]}
+    (folder / "experiment_state-2026-01-01.json").write_text(json.dumps(state))
+    assert _can_continue(folder, FakeTune) is going_on
+    assert len(list(tmp_path.glob("tune-damaged-*"))) == (0 if going_on else 1)

@@ -202,17 +202,40 @@ def _can_continue(path: Path, tune: Any) -> bool:
         return False
     states = sorted(path.glob("experiment_state-*.json"))
     try:
-        json.loads(states[-1].read_text(encoding="utf-8") if states else "")
+        state = json.loads(states[-1].read_text(encoding="utf-8") if states else "")
     except ValueError:
         what = "the state of the search is damaged"
     else:
         ended = [record.parent for record in path.glob("*/checkpoint_*/result.json")]
-        if all(stored_result(folder) is not None for folder in ended):
+        if any(stored_result(folder) is None for folder in ended):
+            what = "a finished trial of the search is damaged"
+        elif _is_outdated(state, path):
+            what = "the state of the search is older than its checkpoints"
+        else:
             return True
-        what = "a finished trial of the search is damaged"
     aside = path.with_name(f"{path.name}-damaged-{time.time_ns()}")
     log.warning("%s: trials that are not finished start again; see %s", what, aside)
     path.rename(aside)
+    return False
+
+
+def _is_outdated(state: Mapping[str, Any], path: Path) -> bool:
+    """Return whether a trial would go on from a checkpoint that has been deleted since.
+
+    Tune writes its state from time to time and deletes checkpoints at once, so that a driver that
+    dies in between leaves the name of one that is gone. Restored from it, Tune gives the trial up.
+
+    Args:
+        state: content of Tune's ``experiment_state-*.json``.
+        path: folder of the search.
+    """
+    for trial, progress in state.get("trial_data", ()):
+        known, last = json.loads(trial), json.loads(progress).get("last_result") or {}
+        name = last.get("checkpoint_dir_name")
+        folder = path / str(known["trial_id"])
+        ended = known["status"] in ("TERMINATED", "ERROR")
+        if name and not ended and folder.is_dir() and not (folder / name).is_dir():
+            return True
     return False
 
 
