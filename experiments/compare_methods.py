@@ -12,7 +12,7 @@ The protocol, written before any run (docs/comparison.md):
 2. The budget is counted in passes of single examples, forwards and backwards, of everything that
    belongs to the method: preparation (criticality, statistics), training, validation inside the
    method. What a trial will cost is computed before it runs (``passes_of``; tests check it against
-   counted passes). Judging costs every trial about the same and is reported beside it.
+   counted passes). Judging costs about the same for all and is reported beside it.
 3. Every trial is judged on val: clean accuracy, and the mean over the threat models of robust
    accuracy (text: the mean over attacks). Chosen is the highest clean accuracy among the trials
    whose robust accuracy is at most --tolerance below the start's; ties go to the more robust, then
@@ -24,10 +24,10 @@ The protocol, written before any run (docs/comparison.md):
 
 Command: ``robustft compare --preset embedded`` or ``python experiments/compare_methods.py``; an
 interrupted comparison goes on where it was. Text: --preset text.
-Time, embedded: 33 minutes on two cores of a shared machine: start 1 and searches of 12 methods 8
-(together 2.8 million passes of single examples), judging of 33 trials 4, rows 19 (3 seeds of 58,000
-to 108,000 passes and 3 models on test of 50,000 each). Text: about 70, of which a third are attacks
-on test.
+Time, embedded: 28 minutes on two cores: start 1, searches of 12 methods 6 (together 2.8 million
+passes of single examples), judging of 33 trials 2.5, rows 17 (3 seeds of 58,000 to 108,000 passes
+and 3 models on test of 50,000 each), a loss surface and a last look at val per row 1.5. Text: about
+70, of which a third are attacks on test.
 Output: ``table.md``, ``results.json``, ``pareto.png`` and ``report.html`` in --output; run folders
 in its ``runs``. All MLflow runs are in one experiment and have the tag "comparison".
 """
