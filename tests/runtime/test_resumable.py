@@ -12,7 +12,7 @@ from small import small_experiment
 from robustft.errors import ConfigError, ResourceError, RobustftError, RunError
 from robustft.runtime.events import Clock
 from robustft.runtime.resumable import resumable
-from robustft.runtime.search import _can_continue
+from robustft.runtime.search import _can_continue, _keep_credentials_out_of_logs
 
 
 def end_with(error: BaseException, folder: Path) -> BaseException:
@@ -162,3 +162,24 @@ def test_a_state_that_names_a_deleted_checkpoint_is_set_aside(
     (folder / "experiment_state-2026-01-01.json").write_text(json.dumps(state))
     assert _can_continue(folder, FakeTune) is going_on
     assert len(list(tmp_path.glob("tune-damaged-*"))) == (0 if going_on else 1)
+
+
+def test_trials_are_not_handed_credentials_that_ray_would_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.tune.execution import class_cache
+
+    given: list[dict[str, str]] = []
+
+    def remote(*, runtime_env: dict[str, dict[str, str]]) -> object:
+        given.append(runtime_env["env_vars"])
+        return lambda one: one
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    _keep_credentials_out_of_logs()
+    class_cache._ActorClassCache().get(object)
+    assert given[0]["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+    assert not any(name.startswith("AWS_") for name in given[0])

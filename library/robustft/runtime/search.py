@@ -128,6 +128,7 @@ def search(
         "cpus": cpus,
         "runtime": inner,
     }
+    _keep_credentials_out_of_logs()
     path = directory / "tune"
     going_on = _can_continue(path, tune) if store is None else _is_stored(store, path.name, tune)
     finished = {} if going_on else _finished(directory)
@@ -178,6 +179,17 @@ def search(
     ]
     _require_room([trial for _, trial in trials])
     return [trial for _, trial in sorted(trials, key=lambda pair: _place(config, *pair))]
+
+
+def _keep_credentials_out_of_logs() -> None:
+    """Keep Tune from handing the driver's AWS credentials to trials: Ray logs what is handed on.
+
+    Workers have the credentials of their own node, as those of evaluations and of Ray Train do.
+    """
+    from ray.tune.execution import class_cache
+
+    handed_on: set[str] = class_cache.ENV_VARS_TO_PROPAGATE
+    handed_on.difference_update({name for name in handed_on if name.startswith("AWS_")})
 
 
 def _require_room(trials: Sequence[Trial]) -> None:
